@@ -1,0 +1,48 @@
+"""`moestro COMMAND`: one file per command beside this one; parsing and printing only, the work is elsewhere."""
+
+import os
+import sys
+
+import typer
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: large tensors in large pages
+
+from moestro import __version__
+from moestro.cli import doctor, evaluate, generate, report, resume, train
+from moestro.core.errors import Error
+
+app = typer.Typer(
+    help="Sparse mixture-of-experts models from plan to device.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("resume")(resume.resume)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=show_version, is_eager=True),
+) -> None:
+    """Sparse mixture-of-experts models from plan to device."""
+
+
+def main() -> None:
+    """Run a command; our own errors come out as one line, anything else is a bug and keeps its traceback."""
+    try:
+        app()
+    except Error as error:
+        print(f"moestro: {error}", file=sys.stderr)
+        sys.exit(1)

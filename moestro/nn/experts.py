@@ -1,0 +1,121 @@
+"""The experts' arithmetic: rows grouped by expert in, rows out.
+
+    gate_up = x @ W1[e]      act = silu(gate) * up * weight      out = act @ W2[e]
+
+Weights are [experts, in, out], so one expert is one contiguous slice of each parameter, ready to be moved or saved.
+Three ways that give the same result:
+
+    loop      one expert after the other in plain torch: the reference, any device and type
+    grouped   torch.nn.functional.grouped_mm: one launch for all experts (no float64; rows of 16 bytes)
+    fused     nn/kernels/fused_experts.py: gather, products and combine in one pass over CPU caches
+
+Dimension key:  N routed rows   D width   E experts   F expert width   R rank of what experts do not share
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moestro.core.specs import MoESpec
+
+Path = Literal["loop", "grouped", "fused"]
+
+
+def swiglu(gate_up_NF: Tensor, weight_N: Tensor) -> Tensor:
+    """silu(gate) * up * weight (Shazeer 2020); the two halves of the last dimension are gate and up."""
+    gate_NF, up_NF = gate_up_NF.chunk(2, dim=-1)
+    return F.silu(gate_NF) * up_NF * weight_N[:, None].to(gate_up_NF.dtype)
+
+
+def product_loop(x_NI: Tensor, count_E: Tensor, weight_EIO: Tensor) -> Tensor:
+    """x @ W[e] for the rows of every expert, one expert after the other.
+
+    count_E   rows of each expert, in order; their sum may be less than N, later rows come out 0
+    """
+    parts = list(x_NI.split([*count_E.tolist(), len(x_NI) - int(count_E.sum())]))
+    rest_NO = x_NI.new_zeros(len(parts.pop()), weight_EIO.shape[2])
+    outs = [part @ weight_IO.to(part.dtype) for part, weight_IO in zip(parts, weight_EIO.unbind(0), strict=True)]
+    return torch.cat([*outs, rest_NO])
+
+
+def product_grouped(x_NI: Tensor, count_E: Tensor, weight_EIO: Tensor) -> Tensor:
+    """The same by grouped_mm; rows beyond the counts come out undefined."""
+    offset_E = count_E.cumsum(0).to(torch.int32)
+    return F.grouped_mm(x_NI, weight_EIO.to(x_NI.dtype), offs=offset_E)
+
+
+def takes_grouped(x_NI: Tensor, *widths: int) -> bool:
+    """True where grouped_mm accepts the type and the row strides (multiples of 16 bytes)."""
+    size = x_NI.element_size()
+    return x_NI.dtype != torch.float64 and x_NI.dtype.is_floating_point and all(w * size % 16 == 0 for w in widths)
+
+
+class Experts(nn.Module):
+    """Experts with weights of their own."""
+
+    def __init__(self, width: int, spec: MoESpec) -> None:
+        super().__init__()
+        num, hidden = spec.num_experts, spec.expert_width
+        self.num_experts, self.width, self.hidden = num, width, hidden
+        self.gate_up_EDF = nn.Parameter(torch.empty(num, width, 2 * hidden))
+        self.down_EFD = nn.Parameter(torch.empty(num, hidden, width))
+
+    def forward(self, x_ND: Tensor, weight_N: Tensor, count_E: Tensor, path: Path = "loop") -> Tensor:
+        """Apply expert e to its rows.
+
+        x_ND      rows grouped by expert
+        weight_N  routing weight of each row, float32
+        count_E   rows of each expert, int64
+        returns   out_ND in x's type
+        """
+        product = product_grouped if path == "grouped" else product_loop
+        act_NF = swiglu(product(x_ND, count_E, self.gate_up_EDF), weight_N)
+        return product(act_NF, count_E, self.down_EFD)
+
+    @torch.no_grad()
+    def initialise(self, std: float, out_std: float) -> None:
+        """Normal weights; `out_std` for the product that writes to the residual stream."""
+        self.gate_up_EDF.normal_(0, std)
+        self.down_EFD.normal_(0, out_std)
+
+
+class LowRankExperts(nn.Module):
+    """Experts that share one base weight: W_e = base + a_e b_e. Far fewer parameters, the base product done once."""
+
+    def __init__(self, width: int, spec: MoESpec) -> None:
+        super().__init__()
+        num, hidden, rank = spec.num_experts, spec.expert_width, spec.sharing_rank
+        self.num_experts, self.width, self.hidden = num, width, hidden
+        self.gate_up_DF = nn.Parameter(torch.empty(width, 2 * hidden))
+        self.gate_up_a_EDR = nn.Parameter(torch.empty(num, width, rank))
+        self.gate_up_b_ERF = nn.Parameter(torch.empty(num, rank, 2 * hidden))
+        self.down_FD = nn.Parameter(torch.empty(hidden, width))
+        self.down_a_EFR = nn.Parameter(torch.empty(num, hidden, rank))
+        self.down_b_ERD = nn.Parameter(torch.empty(num, rank, width))
+
+    def forward(self, x_ND: Tensor, weight_N: Tensor, count_E: Tensor, path: Path = "loop") -> Tensor:
+        """As `Experts.forward`."""
+        product = product_grouped if path == "grouped" else product_loop
+        own_NF = product(product(x_ND, count_E, self.gate_up_a_EDR), count_E, self.gate_up_b_ERF)
+        act_NF = swiglu(x_ND @ self.gate_up_DF.to(x_ND.dtype) + own_NF, weight_N)
+        own_ND = product(product(act_NF, count_E, self.down_a_EFR), count_E, self.down_b_ERD)
+        return act_NF @ self.down_FD.to(x_ND.dtype) + own_ND
+
+    @torch.no_grad()
+    def initialise(self, std: float, out_std: float) -> None:
+        """The base as usual; a_e b_e with the base's spread, so that experts differ from the first step."""
+        rank = self.gate_up_a_EDR.shape[-1]
+        for weight, spread in ((self.gate_up_DF, std), (self.down_FD, out_std)):
+            weight.normal_(0, spread)
+        for weight_a, weight_b, spread in (
+            (self.gate_up_a_EDR, self.gate_up_b_ERF, std),
+            (self.down_a_EFR, self.down_b_ERD, out_std),
+        ):
+            weight_a.normal_(0, 1 / math.sqrt(rank))
+            weight_b.normal_(0, spread)
+
+
+AnyExperts = Experts | LowRankExperts

@@ -1,0 +1,278 @@
+// The parts of a sparse layer that are not matrix products, each in one pass over memory.
+//
+// Plain C++ on raw pointers, compiled at first use by nn/kernels/cpu.py (no Python or torch headers). Matrices are
+// row-major and contiguous; T is float or bfloat16, arithmetic is float. Results do not depend on the number of
+// threads: rows are independent, and sums over rows go through fixed blocks that are added in order.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline void store(float* p, float x) { *p = x; }
+inline void store(bf16* p, float x) {  // round to nearest even; NaN stays NaN because its payload survives the shift
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  p->bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40 : rounded >> 16);
+}
+
+// e^x to about 1 unit in the last place, branch-free so that it vectorises: x = n ln 2 + r, polynomial in r (Cephes).
+inline float exp_fast(float x) {
+  float bounded = std::min(std::max(x, -87.0f), 88.0f);
+  float n = std::nearbyint(bounded * 1.44269504f);
+  float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return x != x ? x : p * scale;
+}
+inline float sigmoid(float x) { return 1.0f / (1.0f + exp_fast(-x)); }
+
+// act = silu(gate) * up * weight, where a row of gate_up holds gate then up.
+template <class T>
+void swiglu(const T* gate_up, const float* weight, T* act, int64_t rows, int64_t width) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; i++) {
+    const T *gate = gate_up + i * 2 * width, *up = gate + width;
+    T* out = act + i * width;
+    float w = weight[i];
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++) {
+      float g = load(gate[j]);
+      store(out + j, g * sigmoid(g) * load(up[j]) * w);
+    }
+  }
+}
+
+// From d_act: the activation again (the down product's weight gradient needs it), d_gate_up and d_weight.
+template <class T>
+void swiglu_backward(const T* gate_up, const float* weight, const T* d_act, T* act, T* d_gate_up, float* d_weight,
+                     int64_t rows, int64_t width) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; i++) {
+    const T *gate = gate_up + i * 2 * width, *up = gate + width, *d = d_act + i * width;
+    T *out = act + i * width, *d_gate = d_gate_up + i * 2 * width, *d_up = d_gate + width;
+    float w = weight[i], d_w = 0.0f;
+#pragma omp simd reduction(+ : d_w)
+    for (int64_t j = 0; j < width; j++) {
+      float g = load(gate[j]), u = load(up[j]), da = load(d[j]);
+      float s = sigmoid(g), silu = g * s, a = silu * u, dw = da * w;
+      d_w += da * a;
+      store(out + j, a * w);
+      store(d_up + j, dw * silu);
+      store(d_gate + j, dw * u * (s + silu * (1.0f - s)));
+    }
+    d_weight[i] = d_w;
+  }
+}
+
+// y[t] = sum over k of rows[slot[t, k]]; slot -1 adds nothing. The order of the sum is the order of k.
+template <class T>
+void combine(const T* rows, const int64_t* slot, T* y, int64_t tokens, int64_t choices, int64_t width) {
+#pragma omp parallel
+  {
+    std::vector<float> sum(width);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      for (int64_t k = 0; k < choices; k++) {
+        int64_t from = slot[t * choices + k];
+        if (from < 0) continue;
+        const T* row = rows + from * width;
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) sum[j] += load(row[j]);
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < width; j++) store(y + t * width + j, sum[j]);
+    }
+  }
+}
+
+// y = x * scale / rms(x); rstd keeps 1 / rms per row for the way back.
+template <class X, class Y>
+void rms_norm(const X* x, const float* scale, Y* y, float* rstd, int64_t rows, int64_t width, float eps) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; i++) {
+    const X* in = x + i * width;
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t j = 0; j < width; j++) squares += load(in[j]) * load(in[j]);
+    float r = 1.0f / std::sqrt(squares / width + eps);
+    rstd[i] = r;
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++) store(y + i * width + j, load(in[j]) * r * scale[j]);
+  }
+}
+
+constexpr int64_t kBlocks = 32;
+
+template <class X, class Y>
+void rms_norm_backward(const X* x, const float* scale, const float* rstd, const Y* d_y, X* d_x, float* d_scale,
+                       int64_t rows, int64_t width) {
+  std::vector<float> partial(kBlocks * width, 0.0f);
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < kBlocks; block++) {
+    float* sums = partial.data() + block * width;
+    for (int64_t i = rows * block / kBlocks; i < rows * (block + 1) / kBlocks; i++) {
+      const X* in = x + i * width;
+      const Y* d = d_y + i * width;
+      float r = rstd[i], dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t j = 0; j < width; j++) {
+        float unit = load(in[j]) * r;
+        dot += load(d[j]) * scale[j] * unit;
+        sums[j] += load(d[j]) * unit;
+      }
+      dot /= width;
+#pragma omp simd
+      for (int64_t j = 0; j < width; j++)
+        store(d_x + i * width + j, r * (load(d[j]) * scale[j] - load(in[j]) * r * dot));
+    }
+  }
+  for (int64_t j = 0; j < width; j++) {
+    float sum = 0.0f;
+    for (int64_t block = 0; block < kBlocks; block++) sum += partial[block * width + j];
+    d_scale[j] = sum;
+  }
+}
+
+// Scores [matrices, queries, keys] to causal softmax weights, in place; query i sees keys 0..i + keys - queries.
+template <class T>
+void causal_softmax(T* scores, int64_t matrices, int64_t queries, int64_t keys, float scale) {
+#pragma omp parallel for schedule(dynamic, 64)
+  for (int64_t n = 0; n < matrices * queries; n++) {
+    T* row = scores + n * keys;
+    int64_t seen = n % queries + 1 + keys - queries;
+    float top = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < seen; j++) top = std::max(top, load(row[j]));
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < seen; j++) sum += exp_fast((load(row[j]) - top) * scale);
+    float share = 1.0f / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < seen; j++) store(row + j, exp_fast((load(row[j]) - top) * scale) * share);
+    std::memset(static_cast<void*>(row + seen), 0, (keys - seen) * sizeof(T));
+  }
+}
+
+// d_weights becomes d_scores, in place.
+template <class T>
+void causal_softmax_backward(const T* weights, T* d_weights, int64_t matrices, int64_t queries, int64_t keys,
+                             float scale) {
+#pragma omp parallel for schedule(dynamic, 64)
+  for (int64_t n = 0; n < matrices * queries; n++) {
+    const T* w = weights + n * keys;
+    T* d = d_weights + n * keys;
+    int64_t seen = n % queries + 1 + keys - queries;
+    float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < seen; j++) dot += load(w[j]) * load(d[j]);
+#pragma omp simd
+    for (int64_t j = 0; j < seen; j++) store(d + j, load(w[j]) * (load(d[j]) - dot) * scale);
+    std::memset(static_cast<void*>(d + seen), 0, (keys - seen) * sizeof(T));
+  }
+}
+
+// Logits become d_logits of `scale` times the summed cross-entropy, in place; losses are per row, in nats, unscaled.
+template <class T>
+void cross_entropy(T* logits, const int64_t* target, float* losses, int64_t rows, int64_t width, float scale) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; i++) {
+    T* row = logits + i * width;
+    float top = -INFINITY, sum = 0.0f, wanted = load(row[target[i]]);
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < width; j++) top = std::max(top, load(row[j]));
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < width; j++) sum += exp_fast(load(row[j]) - top);
+    losses[i] = std::log(sum) + top - wanted;
+    float share = scale / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++) store(row + j, exp_fast(load(row[j]) - top) * share);
+    store(row + target[i], std::exp(wanted - top) * share - scale);
+  }
+}
+
+// Counting sort of assignments by expert, stable. expert[i] == experts marks an unused place.
+//   count[e]  rows of expert e      source[n]  the assignment behind sorted row n      slot[i]  its inverse, or -1
+int64_t sort_by_expert(const int64_t* expert, int64_t assignments, int64_t experts, int64_t* count, int64_t* source,
+                       int64_t* slot) {
+  std::vector<int64_t> next(experts + 1, 0);
+  std::fill(count, count + experts, 0);
+  for (int64_t i = 0; i < assignments; i++)
+    if (expert[i] >= 0 && expert[i] < experts) count[expert[i]]++;
+  for (int64_t e = 0; e < experts; e++) next[e + 1] = next[e] + count[e];
+  int64_t used = next[experts];
+  for (int64_t i = 0; i < assignments; i++) {
+    if (expert[i] < 0 || expert[i] >= experts) {
+      slot[i] = -1;
+      continue;
+    }
+    int64_t row = next[expert[i]]++;
+    source[row] = i;
+    slot[i] = row;
+  }
+  return used;
+}
+
+}  // namespace
+
+#define EXPORT(name, T)                                                                                               \
+  void swiglu_##name(const T* h, const float* w, T* a, int64_t n, int64_t f) { swiglu(h, w, a, n, f); }               \
+  void swiglu_backward_##name(const T* h, const float* w, const T* d, T* a, T* dh, float* dw, int64_t n, int64_t f) { \
+    swiglu_backward(h, w, d, a, dh, dw, n, f);                                                                        \
+  }                                                                                                                   \
+  void combine_##name(const T* rows, const int64_t* slot, T* y, int64_t t, int64_t k, int64_t d) {                    \
+    combine(rows, slot, y, t, k, d);                                                                                  \
+  }                                                                                                                   \
+  void causal_softmax_##name(T* s, int64_t n, int64_t q, int64_t k, float scale) {                                    \
+    causal_softmax(s, n, q, k, scale);                                                                                \
+  }                                                                                                                   \
+  void causal_softmax_backward_##name(const T* w, T* d, int64_t n, int64_t q, int64_t k, float scale) {               \
+    causal_softmax_backward(w, d, n, q, k, scale);                                                                    \
+  }                                                                                                                   \
+  void cross_entropy_##name(T* logits, const int64_t* target, float* losses, int64_t n, int64_t v, float scale) {     \
+    cross_entropy(logits, target, losses, n, v, scale);                                                               \
+  }
+
+#define EXPORT_NORM(name, X, Y)                                                                                       \
+  void rms_norm_##name(const X* x, const float* s, Y* y, float* r, int64_t n, int64_t d, float eps) {                 \
+    rms_norm(x, s, y, r, n, d, eps);                                                                                  \
+  }                                                                                                                   \
+  void rms_norm_backward_##name(const X* x, const float* s, const float* r, const Y* dy, X* dx, float* ds, int64_t n, \
+                                int64_t d) {                                                                          \
+    rms_norm_backward(x, s, r, dy, dx, ds, n, d);                                                                     \
+  }
+
+extern "C" {
+EXPORT(f32, float)
+EXPORT(bf16, bf16)
+EXPORT_NORM(f32_f32, float, float)
+EXPORT_NORM(f32_bf16, float, bf16)
+EXPORT_NORM(bf16_bf16, bf16, bf16)
+int64_t count_sort(const int64_t* expert, int64_t n, int64_t e, int64_t* count, int64_t* source, int64_t* slot) {
+  return sort_by_expert(expert, n, e, count, source, slot);
+}
+}

@@ -1,0 +1,89 @@
+"""Token order to expert order and back, without atomics: both directions, forward and backward, are gathers.
+
+    sort_by_expert(expert_TK) -> Order
+    gather_rows(x_TD, order)  -> x_ND     its gradient is combine
+    combine_rows(out_ND, order) -> y_TD   its gradient is gather
+
+Dimension key:  T tokens   D width   K slots per token   N routed rows   E experts   A = T*K places
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.nn.kernels import cpu
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A permutation of used slots that groups them by expert."""
+
+    count_E: Tensor
+    """Rows of each expert, int64."""
+    source_N: Tensor
+    """The flat place in expert_TK behind each row."""
+    slot_TK: Tensor
+    """The row of each slot; -1 where it is unused."""
+
+    @property
+    def token_N(self) -> Tensor:
+        """The token behind each row."""
+        return self.source_N // self.slot_TK.shape[1]
+
+
+def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Order:
+    """Group slots by expert, stable; num_experts marks an unused slot."""
+    if expert_TK.device.type == "cpu" and cpu.library() is not None:
+        return Order(*cpu.count_sort(expert_TK.contiguous(), num_experts))
+    flat_A = expert_TK.flatten()
+    count_E = torch.bincount(flat_A, minlength=num_experts + 1)[:num_experts]
+    source_N = flat_A.argsort(stable=True)[: int(count_E.sum())]
+    slot_A = torch.full_like(flat_A, -1)
+    slot_A[source_N] = torch.arange(len(source_N), device=flat_A.device)
+    return Order(count_E, source_N, slot_A.view_as(expert_TK))
+
+
+def gather_rows(x_TD: Tensor, order: Order) -> Tensor:
+    """x_ND: the token's row for every assignment, grouped by expert."""
+    x_ND: Tensor = _Gather.apply(x_TD, order)
+    return x_ND
+
+
+def combine_rows(out_ND: Tensor, order: Order) -> Tensor:
+    """y_TD: every token's rows summed in slot order; a token without experts stays zero."""
+    y_TD: Tensor = _Combine.apply(out_ND, order)
+    return y_TD
+
+
+def _sum_slots(rows_ND: Tensor, slot_TK: Tensor) -> Tensor:
+    if cpu.usable(rows_ND):
+        return cpu.combine(rows_ND.contiguous(), slot_TK)
+    padded_ND = torch.cat([rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])])
+    sum_TD = padded_ND.new_zeros(len(slot_TK), rows_ND.shape[1])
+    for slot_T in slot_TK.where(slot_TK >= 0, len(rows_ND)).unbind(1):
+        sum_TD += padded_ND[slot_T]
+    return sum_TD
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order: Order) -> Tensor:
+        ctx.slot_TK = order.slot_TK
+        return x_TD.index_select(0, order.token_N)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, None]:
+        return _sum_slots(d_outputs[0], ctx.slot_TK), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out_ND: Tensor, order: Order) -> Tensor:
+        ctx.token_N = order.token_N
+        return _sum_slots(out_ND, order.slot_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, None]:
+        return d_outputs[0].index_select(0, ctx.token_N), None

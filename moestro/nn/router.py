@@ -1,0 +1,262 @@
+"""Choose experts for tokens, and keep the choice on budget and in balance.
+
+    x_TD -> logits (float32) -> Scores -> rule (routing_rules) -> Choice, RoutingRecord
+    records of a step -> merge -> Router.update   the threshold, the bias, the cut-offs for the next step
+
+`forward` changes nothing: what it saw leaves in the record, so a forward pass repeated under activation recomputation
+counts once, and the record of several micro-batches or ranks is their sum. State lives in buffers, so it is in
+checkpoints; at evaluation nobody calls `update`, so it is frozen.
+
+Dimension key:  T tokens   D width   E experts   K slots per token   B histogram bins
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moestro.core.specs import RouterSpec
+from moestro.nn import losses
+from moestro.nn import routing_rules as rules
+from moestro.nn.routing_budget import Budget, budget_at, histogram
+from moestro.nn.routing_rules import Choice, Scores
+
+L1_STEP = 1.2
+"""relu: factor by which the sparsity weight follows the budget (ReMoE, Wang 2024)."""
+L1_START = 1e-8
+BIAS_ROUNDS = 4
+"""quantile balancing: alternations of the dual solution."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingRecord:
+    """What one layer's router did with some tokens; additive over micro-batches and ranks."""
+
+    count_E: Tensor
+    """Realised assignments per expert."""
+    tokens: int
+    loss: Tensor
+    """Weighted router losses, differentiable, mean over tokens."""
+    balance: Tensor
+    """Unweighted load-balancing loss: 1 when even."""
+    entropy: Tensor
+    """Mean entropy of the router's distribution, nats."""
+    experts_T: Tensor
+    """Experts of each token."""
+    decision_B: Tensor | None = None
+    """Histogram of what the budget's threshold decides on."""
+    decisions: int = 1
+    """Decisions per token in that histogram."""
+    cutoff_E: Tensor | None = None
+    """The score at which each expert's share of tokens ends; expert_choice and quantile."""
+    solved_bias_E: Tensor | None = None
+    """The bias that would have balanced these tokens; quantile balancing."""
+
+    @property
+    def mean_experts(self) -> float:
+        """Assignments per token."""
+        return float(self.count_E.sum()) / max(self.tokens, 1)
+
+
+def merge(records: Sequence[RoutingRecord]) -> RoutingRecord:
+    """The record of all tokens together; means are weighted by tokens."""
+    tokens = sum(record.tokens for record in records)
+
+    def mean(name: str) -> Tensor:
+        parts = [getattr(record, name).detach() * (record.tokens / max(tokens, 1)) for record in records]
+        return torch.stack(parts).sum(0)
+
+    first = records[0]
+    return RoutingRecord(
+        count_E=torch.stack([record.count_E for record in records]).sum(0),
+        tokens=tokens,
+        loss=mean("loss"),
+        balance=mean("balance"),
+        entropy=mean("entropy"),
+        experts_T=torch.cat([record.experts_T for record in records]),
+        decision_B=None
+        if first.decision_B is None
+        else torch.stack([r.decision_B for r in records if r.decision_B is not None]).sum(0),
+        decisions=first.decisions,
+        cutoff_E=None if first.cutoff_E is None else mean("cutoff_E"),
+        solved_bias_E=None if first.solved_bias_E is None else mean("solved_bias_E"),
+    )
+
+
+class Router(nn.Module):
+    """One linear map to expert scores, a rule, a budget and a balance."""
+
+    bias_E: Tensor
+    cutoff_E: Tensor
+    updates: Tensor
+    l1: Tensor
+    step_count_E: Tensor
+
+    def __init__(self, width: int, num_experts: int, spec: RouterSpec) -> None:
+        super().__init__()
+        self.spec, self.num_experts = spec, num_experts
+        columns = num_experts + (spec.num_null if spec.rule == "null" else 0)
+        self.weight_ED = nn.Parameter(torch.empty(columns, width))
+        self.budget = Budget(spec.threshold_decay, spec.integral_gain)
+        if spec.rule == "topp" and spec.threshold:
+            self.budget.threshold.fill_(spec.threshold)
+        self.register_buffer("bias_E", torch.zeros(columns))
+        self.register_buffer("cutoff_E", torch.full((num_experts,), 1 / columns if spec.score == "softmax" else 0.5))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("l1", torch.full((), L1_START))
+        self.register_buffer("step_count_E", torch.zeros(num_experts), persistent=False)
+
+    @property
+    def steered(self) -> bool:
+        """True where a threshold is moved to hold the budget."""
+        return self.spec.rule == "gap" or (self.spec.rule == "topp" and not self.spec.threshold)
+
+    def forward(self, x_TD: Tensor, sequences: int = 1) -> tuple[Choice, RoutingRecord]:
+        """Choose experts.
+
+        x_TD       tokens, sequence after sequence
+        sequences  how many sequences of equal length they are
+        returns    the choice, weights scaled by spec.weight_scale, and the record
+        """
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores = self.scores(x_TD.float())
+            choice, cutoff_E = self._choose(scores)
+            record = self._record(scores, choice, cutoff_E, sequences)
+            if self.spec.weights == "renormalise":
+                choice = rules.renormalised(choice)
+        if self.spec.weight_scale != 1.0:
+            choice = Choice(choice.expert_TK, choice.weight_TK * self.spec.weight_scale, choice.decision_TJ)
+        return choice, record
+
+    def scores(self, x_TD: Tensor) -> Scores:
+        """Logits, scores in 0..1 and selection scores, all float32."""
+        spec = self.spec
+        if self.training and spec.input_noise:
+            x_TD = x_TD * (1 + spec.input_noise * (2 * torch.rand_like(x_TD) - 1))
+        logit_TE = F.linear(x_TD, self.weight_ED.float())
+        score_TE = logit_TE.softmax(-1) if spec.score == "softmax" else logit_TE.sigmoid()
+        select_TE = score_TE.detach() + self.bias_E if spec.selection_bias != "none" else score_TE.detach()
+        select_TE = rules.within_groups(select_TE, spec.num_groups, spec.groups_per_token, spec.group_score)
+        return Scores(logit_TE, score_TE, select_TE)
+
+    def _choose(self, scores: Scores) -> tuple[Choice, Tensor | None]:
+        """Apply the rule; also the cut-offs that rules with one per expert would have wanted."""
+        spec, threshold = self.spec, self.budget.threshold
+        match spec.rule:
+            case "top1" | "top2" | "topk":
+                return rules.top_k(scores, spec.max_experts), None
+            case "gap":
+                return rules.gap(scores, threshold, spec.score == "softmax", spec.weights, spec.ramp_width), None
+            case "topp":
+                return rules.top_p(scores, threshold, spec.k), None
+            case "gshard":
+                return rules.gshard(scores, self.training, spec.weights), None
+            case "null":
+                return rules.null_experts(scores, spec.k, self.num_experts), None
+            case "relu":
+                weight_TE = scores.logit_TE.relu()
+                return rules.by_mask(weight_TE > 0, weight_TE), None
+            case "expert_choice":
+                taken_TE, cutoff_E = rules.best_tokens(scores.select_TE, spec.k)
+                if not self.training:  # a token's experts may not depend on later tokens
+                    taken_TE = scores.select_TE >= self.cutoff_E
+                return rules.by_mask(taken_TE, scores.score_TE), cutoff_E
+            case "quantile":
+                share = max(1 - spec.k / self.num_experts, 0.0)
+                wanted_E = torch.quantile(scores.select_TE, share, dim=0) if self.training else None
+                return rules.by_mask(scores.select_TE > self.cutoff_E, scores.score_TE), wanted_E
+
+    def _record(self, scores: Scores, choice: Choice, cutoff_E: Tensor | None, sequences: int) -> RoutingRecord:
+        used_TK = choice.expert_TK < self.num_experts
+        count_E = torch.bincount(choice.expert_TK[used_TK], minlength=self.num_experts).float()
+        prob_TE = scores.score_TE if self.spec.score == "softmax" else F.normalize(scores.score_TE, p=1, dim=-1)
+        balance = self._balance(prob_TE, choice.expert_TK, count_E, sequences)
+        decisions = None if choice.decision_TJ is None or not self.training else choice.decision_TJ
+        return RoutingRecord(
+            count_E=count_E,
+            tokens=len(choice.expert_TK),
+            loss=self._loss(scores, choice, balance, count_E),
+            balance=balance.detach(),
+            entropy=losses.mean_entropy(prob_TE.detach()),
+            experts_T=used_TK.sum(-1),
+            decision_B=None if decisions is None else histogram(decisions),
+            decisions=1 if decisions is None else decisions.shape[1],
+            cutoff_E=cutoff_E,
+            solved_bias_E=self._solved_bias(scores) if self.training else None,
+        )
+
+    def _balance(self, prob_TE: Tensor, expert_TK: Tensor, count_E: Tensor, sequences: int) -> Tensor:
+        if self.spec.aux_scope == "sequence":
+            return losses.sequence_balance_loss(prob_TE[:, : self.num_experts], expert_TK, sequences)
+        if self.spec.aux_scope == "global":
+            count_E = count_E + self.step_count_E
+        idle = prob_TE.shape[1] - self.num_experts
+        if idle:  # idle experts count as equal shares of all that went to any of them
+            rest = (expert_TK.numel() - count_E.sum()).clamp(min=0) / idle
+            count_E = torch.cat([count_E, rest.expand(idle)])
+        return losses.balance_loss(prob_TE, count_E)
+
+    def _loss(self, scores: Scores, choice: Choice, balance: Tensor, count_E: Tensor) -> Tensor:
+        spec = self.spec
+        if spec.rule == "relu":
+            return self.l1 * losses.sparsity_loss(choice.weight_TK, count_E, spec.k)
+        loss = spec.aux_loss * balance
+        return loss + spec.z_loss * losses.z_loss(scores.logit_TE) if spec.z_loss else loss
+
+    @torch.no_grad()
+    def _solved_bias(self, scores: Scores) -> Tensor | None:
+        if self.spec.selection_bias != "quantile":
+            return None
+        mean = self.spec.mean_experts if self.steered else self.spec.max_experts
+        return balancing_bias(scores.score_TE, mean)
+
+    @torch.no_grad()
+    def update(self, record: RoutingRecord, progress: float) -> None:
+        """Move thresholds and biases after an optimiser step.
+
+        record    all tokens of the step, merged over micro-batches and ranks
+        progress  share of the run that is done, 0..1
+        """
+        spec = self.spec
+        self.forget_step()
+        if self.steered and record.decision_B is not None:
+            wanted = budget_at(progress, spec.start_experts, spec.mean_experts, spec.anneal_share)
+            self.budget.update(record.decision_B, record.decisions, record.mean_experts, wanted)
+        if spec.selection_bias == "loss_free":
+            error_E = record.count_E.mean() - record.count_E
+            self.bias_E[: self.num_experts] += spec.bias_rate * error_E.sign()
+        decay = min(spec.threshold_decay, float(self.updates) / (float(self.updates) + 1))
+        if record.solved_bias_E is not None:
+            self.bias_E.lerp_(record.solved_bias_E, 1 - decay)
+        if record.cutoff_E is not None:
+            self.cutoff_E.lerp_(record.cutoff_E, 1 - decay)
+        if spec.rule == "relu":
+            self.l1 *= L1_STEP if record.mean_experts > spec.k else 1 / L1_STEP
+        self.updates += 1
+
+    def forget_step(self) -> None:
+        """Drop what was counted for a step that is not applied."""
+        self.step_count_E.zero_()
+
+    @torch.no_grad()
+    def count_micro_batch(self, record: RoutingRecord) -> None:
+        """Let later micro-batches of the same step see this one's loads; for aux_scope global."""
+        self.step_count_E += record.count_E
+
+
+def balancing_bias(score_TE: Tensor, mean_experts: float) -> Tensor:
+    """The bias per expert under which top-k over score + bias gives every expert the same load.
+
+    Dual of the balanced assignment problem, solved by alternating quantiles (Su 2026): the token's price is its
+    (k+1)-th best adjusted score, the expert's the (1 - k/E) quantile of score minus token price.
+    """
+    num_experts = score_TE.shape[1]
+    rank = min(max(round(mean_experts) + 1, 1), num_experts)
+    share = min(max(1 - mean_experts / num_experts, 0.0), 1.0)
+    price_E = torch.zeros_like(score_TE[0])
+    for _ in range(BIAS_ROUNDS):
+        price_T1 = (score_TE - price_E).topk(rank, dim=-1).values[:, -1:]
+        price_E = torch.quantile(score_TE - price_T1, share, dim=0)
+    return -price_E

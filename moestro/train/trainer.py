@@ -1,0 +1,161 @@
+"""Model, optimiser and data of one run, and one step of learning.
+
+    batch -> forward -> backward (per micro-batch) -> clip -> AdamW -> routers
+
+A step whose loss or gradient is not finite is not applied: weights, moments and routers stay as they were. Batches are
+a function of the step alone; together with `checkpoint.capture` this makes a resumed run go on bit for bit.
+
+Dimension key:  B sequences   S positions
+"""
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moestro.core.errors import ConfigError
+from moestro.core.specs import ModelSpec
+from moestro.nn.decoder import Decoder
+from moestro.nn.router import RoutingRecord, merge
+from moestro.train import checkpoint
+from moestro.train.data import Batches, Streams, TokenData
+from moestro.train.device import keep_freed_memory, pick_device, pick_dtype
+from moestro.train.optim import lr_share, make_optimizer, set_lr
+from moestro.train.recipe import Recipe
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step did."""
+
+    loss: float = 0.0
+    """Language-model loss, nats per token."""
+    grad_norm: float = 0.0
+    applied: bool = True
+    records: list[RoutingRecord] = field(default_factory=list)
+    """One per sparse layer, over all micro-batches."""
+    data_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    update_s: float = 0.0
+
+    @property
+    def step_s(self) -> float:
+        """Wall-clock seconds."""
+        return self.data_s + self.forward_s + self.backward_s + self.update_s
+
+
+class Stopwatch:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last_s = time.perf_counter()
+
+    def lap(self) -> float:
+        """Read and start again."""
+        now_s = time.perf_counter()
+        spent_s, self._last_s = now_s - self._last_s, now_s
+        return spent_s
+
+
+def sized(spec: ModelSpec, vocab_size: int) -> ModelSpec:
+    """The model with the tokenizer's vocabulary; raises ConfigError where the recipe's is too small."""
+    if not spec.vocab_size:
+        return replace(spec, vocab_size=vocab_size)
+    if spec.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {spec.vocab_size}; the tokenizer has {vocab_size} entries: raise it, or leave it out"
+        )
+    return spec
+
+
+class Trainer:
+    """Everything a step touches."""
+
+    def __init__(self, recipe: Recipe, data: TokenData) -> None:
+        train = recipe.train
+        if train.threads:
+            torch.set_num_threads(train.threads)
+        keep_freed_memory()
+        self.recipe, self.step = recipe, 0
+        self.device = pick_device(train.device)
+        self.dtype = pick_dtype(train.precision, self.device)
+        torch.manual_seed(recipe.seed)
+        self.model = Decoder(sized(recipe.model, data.tokenizer.vocab_size)).initialise().to(self.device)
+        self.model.recompute = train.recompute
+        if train.init:
+            folder = checkpoint.find_checkpoint(Path(train.init))
+            checkpoint.verify(folder)
+            checkpoint.load_weights(self.model, folder)
+        self.optimizer = make_optimizer(self.model, recipe.optimizer)
+        recurrent = self.model.spec.attention.kind == "transformer_xl"
+        source = Streams if recurrent else Batches
+        self.batches = source(data.train, length=train.length, sequences=train.sequences, seed=recipe.seed)
+        self.memory = [self.model.empty_caches() for _ in range(train.micro_batches)] if recurrent else []
+
+    def run_step(self) -> StepResult:
+        """Learn from one batch; the step counts even where it could not be applied."""
+        watch, model, result = Stopwatch(), self.model, StepResult()
+        token_BS = self.batches.at(self.step).to(self.device)
+        result.data_s = watch.lap()
+        model.train()
+        parts = token_BS.chunk(self.recipe.train.micro_batches)
+        layers: list[list[RoutingRecord]] = [[] for _ in model.routers]
+        for place, part_BS in enumerate(parts):
+            loss, records = self._forward(part_BS, place)
+            router_loss = sum((record.loss for record in records), start=torch.zeros((), device=self.device))
+            result.forward_s += watch.lap()
+            ((loss + router_loss) / len(parts)).backward()
+            result.loss += float(loss.detach()) / len(parts)
+            for router, seen, record in zip(model.routers, layers, records, strict=True):
+                router.count_micro_batch(record)
+                seen.append(record)
+            result.backward_s += watch.lap()
+        result.records = [merge(seen) for seen in layers]
+        self._update(result)
+        result.update_s = watch.lap()
+        self.step += 1
+        return result
+
+    def _forward(self, token_BS: Tensor, place: int) -> tuple[Tensor, list[RoutingRecord]]:
+        caches = self.memory[place] if self.memory else None
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self.model.loss(token_BS, caches)
+
+    def _update(self, result: StepResult) -> None:
+        """Clip and apply, or leave everything as it was."""
+        spec, steps = self.recipe.optimizer, self.recipe.train.steps
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        result.grad_norm = float(norm)
+        result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        if result.applied:
+            if spec.clip:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), spec.clip, norm)
+            set_lr(self.optimizer, lr_share(spec, self.step, steps))
+            self.optimizer.step()
+            for router, record in zip(self.model.routers, result.records, strict=True):
+                router.update(record, (self.step + 1) / steps)
+        else:
+            for router in self.model.routers:
+                router.forget_step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def batch_name(self) -> str:
+        """Where the current step's batch comes from, for messages."""
+        starts = self.batches.starts(self.step)
+        names = sorted({self.batches.tokens.document_at(start) for start in starts})
+        return f"tokens {min(starts)}..{max(starts) + self.batches.length} of {', '.join(names[:4])}" + (
+            f" and {len(names) - 4} more documents" if len(names) > 4 else ""
+        )
+
+    def save(self, folder: Path, data: TokenData) -> None:
+        """Write a checkpoint of this moment."""
+        state = checkpoint.capture(self.step, self.model, self.optimizer, self.memory)
+        checkpoint.save_model(folder, self.model, data.tokenizer, state)
+
+    def restore(self, folder: Path) -> None:
+        """Go back to a checkpoint."""
+        self.step = checkpoint.restore(folder, self.model, self.optimizer, self.memory)
