@@ -4,13 +4,15 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import typer
 
 from moestro.core.units import duration_text
-from moestro.train.loop import Outcome, Stop
-from moestro.train.progress import Terminal, Watcher
-from moestro.train.report import write_report
+
+if TYPE_CHECKING:  # torch is imported by the command that needs it
+    from moestro.train.loop import Outcome, Stop
+    from moestro.train.progress import Watcher
 
 STOPPED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -41,8 +43,11 @@ class Interrupt:
         print("\nstopping after this step; once more ends at once", file=sys.stderr)
 
 
-def run_with_progress(steps: int, work: Callable[[Watcher, Stop], Outcome]) -> None:
+def run_with_progress(steps: int, work: "Callable[[Watcher, Stop], Outcome]") -> None:
     """Run `work` under a progress display, write the report, say where everything is."""
+    from moestro.train.progress import Terminal
+    from moestro.train.report import write_report
+
     with Interrupt() as interrupt, Terminal(steps) as terminal:
         outcome = work(terminal, interrupt)
         root = outcome.folder.root

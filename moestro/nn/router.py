@@ -46,7 +46,7 @@ class RoutingRecord:
     experts_T: Tensor
     """Experts of each token."""
     decision_B: Tensor | None = None
-    """Histogram of what the budget's threshold decides on."""
+    """Histogram (routing_budget) of what the budget's threshold decides on."""
     decisions: int = 1
     """Decisions per token in that histogram."""
     cutoff_E: Tensor | None = None

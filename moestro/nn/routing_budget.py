@@ -2,13 +2,14 @@
 
     decisions of a step -> histogram -> quantile at the budget -> running mean + small integral -> threshold
 
-A rule takes a further expert where its decision value v is at most theta. With J decisions per token the mean number
-is 1 + J F(theta), F the share of values at or below theta; so theta is the quantile of v at (mean - 1) / J. The
+A rule takes a further expert where its decision value v in 0..1 is at most theta. With J decisions per token the mean
+number is 1 + J F(theta), F the share of values at or below theta; so theta is the quantile of v at (mean - 1) / J. The
 quantile of one batch is noisy and one step late, hence a running mean of it, and an integral of the remaining error in
-units of experts, turned into units of theta by the local slope of the quantile. Theta is a buffer: it is in
-checkpoints, and frozen at evaluation, so a token's experts depend on its own past only.
+units of experts, turned into units of the threshold by the local slope of the quantile.
 
-Histograms add up, over micro-batches and over ranks, and so does everything here.
+All of this happens on the log-odds of v: a router that grows sure of itself moves every gap towards 1, where v itself
+has no digits left but its log-odds move evenly. Theta is a buffer: it is in checkpoints, and frozen at evaluation, so a
+token's experts depend on its own past only. Histograms add up, over micro-batches and over ranks.
 """
 
 import math
@@ -16,28 +17,28 @@ import math
 import torch
 from torch import Tensor, nn
 
-BINS = 4096
-"""Resolution of decision values in 0..1."""
+LOWEST = -15.0
+"""Log-odds at the left edge of the first bin; values outside fall into the first and last bin."""
+PER_UNIT = 64
+"""Bins per unit of log-odds."""
+BINS = int(-2 * LOWEST * PER_UNIT)
 
 
 def histogram(decision_TJ: Tensor) -> Tensor:
-    """Count decision values in BINS equal bins over 0..1; float32."""
-    index_A = (decision_TJ.flatten() * BINS).long().clamp_(0, BINS - 1)
+    """Count decision values in BINS bins that are even in log-odds; float32."""
+    log_odds_A = torch.logit(decision_TJ.flatten().float(), eps=1e-7)
+    index_A = ((log_odds_A - LOWEST) * PER_UNIT).long().clamp_(0, BINS - 1)
     return torch.bincount(index_A, minlength=BINS).float()
 
 
 def quantile(count_B: Tensor, share: float) -> float:
-    """The value below which `share` of the counted values lie, linear inside a bin; 0..1."""
-    if share <= 0:
-        return 0.0
-    if share >= 1:
-        return 1.0
+    """The log-odds below which `share` of the counted values lie, linear inside a bin; share is bounded to 0..1."""
     below_B = count_B.double().cumsum(0)
-    wanted = share * float(below_B[-1])
+    wanted = min(max(share, 0.0), 1.0) * float(below_B[-1])
     found = min(int(torch.searchsorted(below_B, wanted)), BINS - 1)
     before = float(below_B[found - 1]) if found else 0.0
     inside = (wanted - before) / max(float(count_B[found]), 1.0)
-    return (found + min(inside, 1.0)) / BINS
+    return LOWEST + (found + min(inside, 1.0)) / PER_UNIT
 
 
 def budget_at(progress: float, start: float, end: float, anneal_share: float) -> float:
@@ -57,6 +58,7 @@ class Budget(nn.Module):
     threshold: Tensor
     running: Tensor
     integral: Tensor
+    share: Tensor
 
     def __init__(self, decay: float, gain: float) -> None:
         super().__init__()
@@ -64,6 +66,7 @@ class Budget(nn.Module):
         self.register_buffer("threshold", torch.ones(()))
         self.register_buffer("running", torch.full((), torch.nan))
         self.register_buffer("integral", torch.zeros(()))
+        self.register_buffer("share", torch.ones(()))
 
     @torch.no_grad()
     def update(self, count_B: Tensor, decisions: int, mean_experts: float, wanted: float) -> None:
@@ -80,11 +83,13 @@ class Budget(nn.Module):
             self.running.fill_(torch.nan)
             self.integral.zero_()
             return
-        now = quantile(count_B, share)
-        running = float(self.running)
-        running = now if math.isnan(running) else self.decay * running + (1 - self.decay) * now
+        now, last = quantile(count_B, share), float(self.running)
+        if abs(share - float(self.share)) > 1e-6:  # the budget moved: so does the memory, at once
+            last += now - quantile(count_B, float(self.share))
+        running = now if math.isnan(last) else self.decay * last + (1 - self.decay) * now
         slope = (quantile(count_B, share + 0.05) - quantile(count_B, share - 0.05)) / 0.1 / decisions
         integral = float(self.integral) + self.gain * (wanted - mean_experts) * slope
         self.running.fill_(running)
-        self.integral.fill_(min(max(integral, -0.5 * running), 0.5))
-        self.threshold.fill_(min(max(running + float(self.integral), 0.0), 1.0))
+        self.share.fill_(share)
+        self.integral.fill_(min(max(integral, LOWEST), -LOWEST))
+        self.threshold.fill_(torch.sigmoid(self.running + self.integral) if share > 0 else 0.0)
