@@ -125,15 +125,15 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill a model; raises CheckpointError listing every tensor that is missing, unknown or of another shape."""
     tensors = read_tensors(folder / "model.safetensors")
     own = model.state_dict()
-    problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
-    problems += [f"{name} is unknown" for name in tensors.keys() - own.keys()]
-    problems += [
+    problems = [
         f"{name} is {list(tensors[name].shape)}, not {list(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if own[name].shape != tensors[name].shape
+        for name in own
+        if name in tensors and own[name].shape != tensors[name].shape
     ]
+    problems += [f"{name} is missing" for name in own if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in own]
     if problems:
-        shown = "; ".join(sorted(problems)[:8])
+        shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
         raise CheckpointError(f"{folder} does not fit the model, {len(problems)} tensors differ: {shown}")
     model.load_state_dict(tensors)
 

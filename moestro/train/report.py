@@ -1,4 +1,5 @@
 """placeholder, replaced below"""
+
 from pathlib import Path
 
 from moestro.train.run_folder import RunFolder
