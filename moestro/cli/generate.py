@@ -17,9 +17,9 @@ def generate(
     """Continue a text with a trained model, printed as it comes."""
     from moestro.train.samples import open_sampler
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    sampler, text = open_sampler(run), sys.stdin.read() if prompt == "-" else prompt
     sys.stdout.write(text)
-    for piece in open_sampler(run).stream(text, tokens, temperature=temperature, top_k=top_k, seed=seed):
+    for piece in sampler.stream(text, tokens, temperature=temperature, top_k=top_k, seed=seed):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -5,7 +5,10 @@ import sys
 
 import typer
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: large tensors in large pages
+# Both are read once, when torch and OpenMP load: large tensors in large pages; threads that wait let others run
+# (beside one busy process a spinning pool was 13 times slower than one that sleeps, docs/LOG.md).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from moestro import __version__
 from moestro.cli import doctor, evaluate, generate, report, resume, train

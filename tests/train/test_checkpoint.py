@@ -91,7 +91,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
     try:
-        with pytest.raises(CheckpointError, match="cannot be written: .*nothing was overwritten"):
+        with pytest.raises(CheckpointError, match=r"cannot be written: .*nothing was overwritten"):
             saved(tmp_path / "m")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

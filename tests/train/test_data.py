@@ -43,7 +43,7 @@ def test_tokens_cut_short_are_noticed(corpus: Path, tmp_path: Path) -> None:
     prepare(DataSpec(source=str(corpus)), tmp_path / "data")
     path = tmp_path / "data" / "train.tokens"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match="holds no prepared tokens .*train.tokens has"):
+    with pytest.raises(DataError, match=r"holds no prepared tokens .*train.tokens has"):
         open_data(tmp_path / "data")
 
 
@@ -78,5 +78,5 @@ def test_a_token_is_in_the_document_it_came_from() -> None:
 
 
 def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
-    with pytest.raises(ConfigError, match="train.length is 200 but the corpus has 101 tokens"):
+    with pytest.raises(ConfigError, match=r"train.length is 200 but the corpus has 101 tokens"):
         Batches(token_file(101), length=200, sequences=2, seed=0)

@@ -111,7 +111,7 @@ def test_when_every_checkpoint_is_damaged_it_says_so(make_recipe: MakeRecipe) ->
     start(recipe, stop=stop_after(5))
     for folder in RunFolder(recipe.out).checkpoints():
         (folder / "state.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="all 2 checkpoints of .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints of .* are damaged"):
         go_on(recipe.out)
 
 
@@ -128,7 +128,7 @@ def test_a_run_is_never_overwritten(make_recipe: MakeRecipe) -> None:
 
 
 def test_a_recipe_that_cannot_start_leaves_the_folder_free(make_recipe: MakeRecipe) -> None:
-    with pytest.raises(ConfigError, match="train.length is 99999"):
+    with pytest.raises(ConfigError, match=r"train.length is 99999"):
         start(make_recipe("train.length=99999"))
     assert start(make_recipe()).finished
 
@@ -188,7 +188,7 @@ def test_a_bad_batch_stops_the_run_where_the_recipe_says_so(
 def test_too_many_bad_batches_stop_the_run(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe("train.steps=40", "train.checkpoint_every=0", "train.evaluate_every=0")
     poisoned(recipe, monkeypatch, set(range(3, 40)))
-    with pytest.raises(TrainingError, match="20 steps in a row: lower optimizer.lr"):
+    with pytest.raises(TrainingError, match=r"20 steps in a row: lower optimizer.lr"):
         start(recipe)
 
 

@@ -123,5 +123,5 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(make_trainer: MakeT
 
 
 def test_a_device_that_is_not_there_is_refused(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(ConfigError, match="train.device is 'warp'"):
+    with pytest.raises(ConfigError, match=r"train.device is 'warp'"):
         make_trainer("train.device=warp")

@@ -1,0 +1,43 @@
+# make demo    set up, then train the demo model and write its report (minutes on two cores)
+# make test    set up, then run the tests            make check   format, lint and types
+# make bench   speed and memory tables               make bench-routing   compare routing rules (hours)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test test-all check bench bench-routing env clean
+
+demo: env
+	$(BIN)/moestro train recipes/demo.toml out=$(OUT)
+
+test: env
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: env
+	$(BIN)/python -m pytest
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: env
+	$(BIN)/python benchmarks/moe_layer.py
+	$(BIN)/python benchmarks/step_share.py
+
+bench-routing: env
+	$(BIN)/python benchmarks/routing.py
+
+env: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt scripts/install_torch.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moestro needs Python 3.11 or newer; give it with make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/install_torch.py constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

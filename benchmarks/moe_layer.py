@@ -1,0 +1,190 @@
+"""The MoE layer after routing, forward and backward, beside other projects' and beside dense matrix products.
+
+    python benchmarks/moe_layer.py [--quick] [--json-only]
+
+T = 4096 tokens, d = 512, f = 1024, E in {16, 64}; K = 2 and mean K = 1.35; even and Zipf-1 loads; fp32 and bf16. Every
+repetition routes anew, as training does: oneDNN compiles bfloat16 products per shape, so a benchmark that repeats one
+routing hides a cost that every step pays. All contestants see the same routings in the same order, in turn, so that a
+drift of the machine hits all alike. Times are medians in milliseconds; the ceiling is the same FLOPs as six dense
+products; `memory` is the growth of the peak resident size of a process that runs the layer once.
+
+Prints a table, then one JSON line.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from peers import PEERS, VARIABLE_K, Peer
+from torch import Tensor
+
+from moestro.train.device import keep_freed_memory
+
+TOKENS, WIDTH, HIDDEN = 4096, 512, 1024
+Routing = tuple[Tensor, Tensor]
+
+
+def draw_routing(num_experts: int, mean_k: float, zipf: bool, seed: int) -> Routing:
+    """expert_TK and weight_TK: even or Zipf-1 popularity; below K = 2 some second slots are unused."""
+    draw = torch.Generator().manual_seed(seed)
+    popularity_E = 1 / torch.arange(1, num_experts + 1) if zipf else torch.ones(num_experts)
+    expert_TK = torch.multinomial(popularity_E.expand(TOKENS, -1), 2, generator=draw)
+    weight_TK = torch.rand(TOKENS, 2, generator=draw)
+    if mean_k < 2:
+        unused_T = torch.rand(TOKENS, generator=draw) > mean_k - 1
+        expert_TK[unused_T, 1] = num_experts
+        weight_TK[unused_T, 1] = 0
+    return expert_TK, weight_TK
+
+
+def ceiling(rows: int, dtype: torch.dtype) -> Callable[[], None]:
+    """The FLOPs of a forward and backward pass as six dense products."""
+    x, up, act = (torch.randn(rows, size, dtype=dtype) for size in (WIDTH, 2 * HIDDEN, HIDDEN))
+    weight_up, weight_down = torch.randn(WIDTH, 2 * HIDDEN, dtype=dtype), torch.randn(HIDDEN, WIDTH, dtype=dtype)
+    outs = [
+        torch.empty(shape, dtype=dtype) for shape in (up.shape, x.shape, act.shape, weight_up.shape, weight_down.shape)
+    ]
+
+    def run() -> None:
+        torch.mm(x, weight_up, out=outs[0])
+        torch.mm(act, weight_down, out=outs[1])
+        torch.mm(x, weight_down.t(), out=outs[2])
+        torch.mm(act.t(), x, out=outs[4])
+        torch.mm(x.t(), up, out=outs[3])
+        torch.mm(up, weight_up.t(), out=outs[1])
+
+    return run
+
+
+def one_pass(peer: Peer, x_TD: Tensor, routing: Routing, d_y_TD: Tensor) -> None:
+    """Forward and backward, gradients to input, weights and routing weights."""
+    for tensor in (x_TD, *peer.parameters):
+        tensor.grad = None
+    peer.layer(x_TD, routing[0], routing[1].detach().requires_grad_()).backward(d_y_TD)
+
+
+def seconds(call: Callable[[], None]) -> float:
+    begun_s = time.perf_counter()
+    call()
+    return time.perf_counter() - begun_s
+
+
+def weights_for(num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return (
+        (0.02 * torch.randn(num_experts, WIDTH, 2 * HIDDEN, generator=draw)).to(dtype),
+        (0.02 * torch.randn(num_experts, HIDDEN, WIDTH, generator=draw)).to(dtype),
+    )
+
+
+def make_peers(num_experts: int, dtype: torch.dtype, variable_k: bool) -> tuple[dict[str, Peer], dict[str, str]]:
+    """Contestants that can run here, and why others cannot."""
+    peers, absent = {}, {}
+    for name, make in PEERS.items():
+        if variable_k and name not in VARIABLE_K:
+            continue
+        try:
+            peers[name] = make(*weights_for(num_experts, dtype))
+        except ImportError as error:
+            absent[name] = str(error)
+    return peers, absent
+
+
+def peak_growth_mib(name: str, num_experts: int, dtype: torch.dtype) -> float:
+    """Run one pass in a child process; growth of its peak resident memory in MiB."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        torch.set_num_threads(1)  # a forked process has no OpenMP pool
+        peer = PEERS[name](*weights_for(num_experts, dtype))
+        x_TD, routing = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_(), draw_routing(num_experts, 2, False, 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        one_pass(peer, x_TD, routing, torch.randn(TOKENS, WIDTH).to(dtype))
+        os.write(write, str((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024).encode())
+        os._exit(0)
+    os.close(write)
+    os.wait()
+    return float(os.read(read, 100) or b"nan")
+
+
+def run_case(num_experts: int, dtype: torch.dtype, mean_k: float, zipf: bool, repeats: int) -> dict[str, float]:
+    """Median milliseconds of the ceiling and of every contestant, measured in turn."""
+    rows = sum(int((draw_routing(num_experts, mean_k, zipf, seed)[0] < num_experts).sum()) for seed in range(4)) // 4
+    dense, (peers, _) = ceiling(rows, dtype), make_peers(num_experts, dtype, mean_k < 2)
+    x_TD, d_y_TD = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_(), torch.randn(TOKENS, WIDTH).to(dtype)
+    times: dict[str, list[float]] = {"ceiling": [], **{name: [] for name in peers}}
+    for repeat in range(-2, repeats):
+        routing = draw_routing(num_experts, mean_k, zipf, seed=1000 + repeat)
+        spent = {"ceiling": seconds(dense)}
+        spent |= {name: seconds(partial(one_pass, peer, x_TD, routing, d_y_TD)) for name, peer in peers.items()}
+        if repeat >= 0:
+            for name, value in spent.items():
+                times[name].append(1e3 * value)
+    return {name: round(statistics.median(values), 1) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and cases")
+    parser.add_argument("--json-only", action="store_true")
+    options = parser.parse_args()
+    keep_freed_memory()
+    repeats = 5 if options.quick else 15
+    for name, why in make_peers(2, torch.float32, False)[1].items():
+        print(f"{name} is not installed: {why}", file=sys.stderr)
+    memory = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in make_peers(2, dtype, False)[0]:
+            memory[f"{name} {str(dtype)[6:]}"] = round(peak_growth_mib(name, 16, dtype))
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_experts in (16, 64):
+            for zipf in (False, True):
+                for mean_k in (2.0, 1.35):
+                    case = {
+                        "dtype": str(dtype)[6:],
+                        "experts": num_experts,
+                        "load": "zipf" if zipf else "even",
+                        "k": mean_k,
+                    }
+                    found = run_case(num_experts, dtype, mean_k, zipf, repeats)
+                    rows.append({**case, "ms": found})
+                    if not options.json_only:
+                        print_case(case, found)
+    print("peak memory growth, MiB, E = 16:", memory)
+    facts = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(
+        json.dumps(
+            {"bench": "moe_layer", "date": time.strftime("%Y-%m-%d"), **facts, "rows": rows, "memory_mib": memory}
+        )
+    )
+
+
+def print_case(case: dict[str, object], found: dict[str, float]) -> None:
+    print(f"\n{case['dtype']}, {case['experts']} experts, {case['load']} load, mean K = {case['k']}")
+    for name, value in found.items():
+        print(f"  {name:26s} {value:8.1f} ms   {value / found['ceiling']:.2f} x ceiling")
+    sys.stdout.flush()
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
