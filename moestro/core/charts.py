@@ -1,0 +1,487 @@
+"""Charts as SVG text: data in, string out; for report pages, for plots in docs, without a plotting library or torch.
+
+    line_chart | stacked_area | bars | heat_map | timeline -> Chart -> figure(chart)            inside an HTML page
+                                                                    -> standalone_svg(*charts)  an .svg file of its own
+
+A chart has no fixed width: across, places are percent of the plot (lines: 0..1000), down they are pixels. So one chart
+fits a phone and a wide screen with text and lines of constant size. Colours are CSS variables of charts.css, which
+knows light and dark; charts.js adds read-outs under the pointer to charts on a page, and nothing depends on it.
+
+Dimension key:  N points   R rows   C columns
+"""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moestro.core.axes import Axis, number_text
+
+CATEGORIES = ("c0", "c1", "c2", "c3", "c4", "c5")
+"""Colours for things without order."""
+DEPTHS = 12
+"""Colours d0..d11 for things with an order, such as layers."""
+POINTS = 600
+"""Most points of one line; more are thinned, extremes kept."""
+CHART_POINTS = 4800
+"""Most points of all lines of a chart together."""
+LETTER_PX = 6.4
+"""Width of a letter of chart text, on average."""
+STEPS_ACROSS = 1000
+"""Lines are drawn on a plot this wide and stretched."""
+
+Style = Literal["line", "bold", "faint", "dashed", "dots", "dot"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """One line; NaN breaks it. `dots` marks its points, `dot` shows points only."""
+
+    name: str
+    x: ArrayLike
+    y: ArrayLike
+    colour: str = "c0"
+    style: Style = "line"
+    low: ArrayLike | None = None
+    high: ArrayLike | None = None
+    """An interval around y, drawn as a band."""
+    value: str = ""
+    """A figure beside the name in the legend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A horizontal line to compare with, and what stands on it."""
+
+    label: str
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """One row of a bar chart, with an optional interval."""
+
+    name: str
+    value: float
+    note: str = ""
+    """Small print below the name."""
+    low: float | None = None
+    high: float | None = None
+    colour: str = "c0"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A legend entry."""
+
+    name: str
+    colour: str
+    style: str = "line"
+    value: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """A drawn chart: SVG elements with x in percent of the plot and y in pixels below its top."""
+
+    title: str
+    body: str
+    height: float
+    note: str = ""
+    """What to know when reading it, one short sentence."""
+    keys: tuple[Key, ...] = ()
+    readout: Mapping[str, Any] = field(default_factory=dict)
+    """What charts.js needs to turn places back into values."""
+    left: float = 52
+    right: float = 18
+    top: float = 22
+    bottom: float = 36
+
+
+def depth_colours(number: int) -> list[str]:
+    """Colours for `number` things in order, spread over the whole ramp."""
+    return [f"d{round(i * (DEPTHS - 1) / max(number - 1, 1))}" for i in range(number)]
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x: Axis,
+    y: Axis,
+    references: Sequence[Reference] = (),
+    height: float = 190,
+    note: str = "",
+) -> Chart:
+    """Lines over a common x, with bands, dots and reference lines."""
+    drawn = [one for one in series if np.size(one.x)]
+    x = x.fitted(np.concatenate([[], *[np.ravel(one.x) for one in drawn]]))
+    around = [np.ravel(edge) for one in drawn for edge in (one.y, one.low, one.high) if edge is not None]
+    y = y.fitted(np.concatenate([*around, [reference.value for reference in references]]), room=0.06)
+    most = max(min(POINTS, CHART_POINTS // max(len(drawn), 1)), 8)
+    marks = [_marks(one, x, y, height, most) for one in drawn]
+    body = [*_grid(x, y, height), *_reference_lines(references, y, height), _plane("".join(marks), height)]
+    body += _reference_names(references, y, height)
+    keys = tuple(Key(one.name, one.colour, one.style, one.value) for one in drawn)
+    return Chart(title=title, body="".join(body), height=height, note=note, keys=keys, readout=_readout("lines", x, y))
+
+
+def stacked_area(
+    title: str, series: Sequence[Series], *, x: Axis, y: Axis, height: float = 190, note: str = ""
+) -> Chart:
+    """Series on top of each other, the first at the bottom; all have the x of the first."""
+    x_N = np.asarray(series[0].x, dtype=float)
+    edge_SN = np.cumsum([np.zeros(len(x_N)), *[np.asarray(one.y, dtype=float) for one in series]], axis=0)
+    x, y = x.fitted(x_N), y.fitted(edge_SN)
+    right_N = x.share(x_N) * STEPS_ACROSS
+    marks = []
+    for one, below_N, above_N in zip(series, edge_SN, edge_SN[1:], strict=False):
+        there = _points(right_N, (1 - y.share(above_N)) * height)
+        back = _points(right_N[::-1], (1 - y.share(below_N[::-1])) * height)
+        marks.append(f'<path class="area" {_own(one.colour)} data-name="{escaped(one.name)}" d="M{there} {back}z"/>')
+    body = [_plane("".join(marks), height), *_grid(x, y, height)]
+    keys = tuple(Key(one.name, one.colour, "area", one.value) for one in reversed(series))
+    return Chart(title=title, body="".join(body), height=height, note=note, keys=keys, readout=_readout("area", x, y))
+
+
+def bars(title: str, rows: Sequence[Bar], *, x: Axis, note: str = "", row_height: float = 34) -> Chart:
+    """Horizontal bars from zero, each with its value; x is a linear axis."""
+    ends = [end for row in rows for end in (row.value, row.low, row.high) if end is not None]
+    x = x.fitted([0.0, *ends], room=0.12)
+    height = row_height * len(rows)
+    zero = float(x.share(0.0))
+    body = [_down(float(x.share(tick)), height, "grid") for tick in x.ticks(5)]
+    for number, row in enumerate(rows):
+        body.append(_bar(row, x, (number + 0.5) * row_height))
+    body += [_down(zero, height, "axis"), *_x_labels(x, height, ticks=5)]
+    longest = max((max(len(row.name), 0.9 * len(row.note)) for row in rows), default=0)
+    return Chart(title=title, body="".join(body), height=height, note=note, left=longest * LETTER_PX + 14, top=4)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shades:
+    """What the colours of heat maps mean.
+
+    ratio   1 is neutral; from 1 / high to high in equal factors; exactly zero has a colour of its own
+    amount  0 is neutral; up to high in equal steps
+    """
+
+    kind: Literal["ratio", "amount"] = "ratio"
+    high: float = 4.0
+    label: str = ""
+
+    def level(self, value_RC: ArrayLike) -> NDArray[np.int64]:
+        """Which colour, q0..q16; -1 is exactly zero (ratio only), -2 no data."""
+        value = np.asarray(value_RC, dtype=float)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.log(value) / np.log(self.high) if self.kind == "ratio" else value / self.high
+            level = np.rint(8 + 8 * np.clip(share, -1 if self.kind == "ratio" else 0, 1))
+        level = np.where((value == 0) & (self.kind == "ratio"), -1, level)
+        return np.where(np.isnan(value), -2, level).astype(np.int64)
+
+
+def heat_map(
+    title: str,
+    value_RC: ArrayLike,
+    *,
+    x: Axis,
+    rows: Sequence[str],
+    shades: Shades,
+    row_height: float = 14,
+    note: str = "",
+    row_label: str = "",
+) -> Chart:
+    """One coloured cell per value, the first row on top; columns divide x evenly; NaN leaves the paper."""
+    value_RC = np.asarray(value_RC, dtype=float)
+    height = row_height * len(value_RC)
+    level_RC = shades.level(value_RC)
+    cells = []
+    for level in np.unique(level_RC[level_RC > -2]).tolist():
+        colour = "none" if level < 0 else f"q{level}"
+        cells.append(f'<path class="cells" {_own(colour)} d="{_cells(level_RC == level)}"/>')
+    columns = value_RC.shape[1]
+    view = f'viewBox="0 0 {columns} {len(value_RC)}" preserveAspectRatio="none"'
+    body = [f'<svg {view} width="100%" height="{_n(height)}">{"".join(cells)}</svg>', *_x_labels(x.fitted([]), height)]
+    every = max(1, int(np.ceil(13 / row_height)))
+    body += [_text(-6, (row + 0.5) * row_height + 4, rows[row], "end tick") for row in range(0, len(rows), every)]
+    body.append(_text(-48, -8, row_label, "title"))
+    readout: dict[str, Any] = {"kind": "heat", "x": x.fitted([]).limits, "xname": x.label, "rows": list(rows)}
+    readout |= {"row": row_label, "unit": shades.label}
+    readout["values"] = [[None if np.isnan(v) else float(f"{v:.3g}") for v in row] for row in value_RC.tolist()]
+    return Chart(title=title, body="".join(body), height=height, note=note, readout=readout)
+
+
+def shades_key(shades: Shades) -> Chart:
+    """The legend of heat maps, itself a small chart."""
+    ratio = shades.kind == "ratio"
+    levels = list(range(0 if ratio else 8, 17))
+    width = 100 / (len(levels) + (2 if ratio else 0))
+    places = [(level, (place + (2 if ratio else 0)) * width) for place, level in enumerate(levels)]
+    cell = '<rect class="cell" {} x="{:.2f}%" y="0" width="{:.2f}%" height="12"/>'
+    body = [cell.format(_own(f"q{level}"), place, width + 0.05) for level, place in places]
+    body += [_text(place + width / 2, 26, _shade_text(shades, level), "middle tick", "%") for level, place in places]
+    if ratio:
+        body += [cell.format(_own("none"), 0, width), _text(width / 2, 26, "0", "middle tick", "%")]
+    return Chart(title=shades.label, body="".join(body), height=12, left=10, right=10, top=4, bottom=18)
+
+
+def _shade_text(shades: Shades, level: int) -> str:
+    """What a level stands for, at every fourth level."""
+    if level % 4:
+        return ""
+    if shades.kind == "amount":
+        return number_text(shades.high * (level - 8) / 8, shades.high / 2)
+    value = shades.high ** ((level - 8) / 8)
+    text = f"{value:.2g}" if value >= 1 else f"1/{1 / value:.2g}"
+    return {0: "\u2264 ", 16: "\u2265 "}.get(level, "") + text
+
+
+def timeline(title: str, rows: Mapping[str, tuple[str, Sequence[float]]], *, x: Axis, note: str = "") -> Chart:
+    """When things happened: one row of dots per kind, `rows` gives colour and places."""
+    x = x.fitted([place for _, places in rows.values() for place in places])
+    height = 24 * len(rows)
+    body, dots = [], []
+    for number, (name, (colour, places)) in enumerate(rows.items()):
+        middle = 24 * number + 12
+        body.append(f'<line class="grid" x1="0" x2="100%" y1="{middle}" y2="{middle}"/>')
+        body.append(_text(-10, middle + 4, name, "end tick"))
+        across = [f"M{_n(STEPS_ACROSS * place)} {middle}h0" for place in x.share(np.asarray(places, dtype=float))]
+        dots.append(f'<path class="dots" {_own(colour)} data-name="{escaped(name)}" d="{"".join(across)}"/>')
+    body += [_plane("".join(dots), height), *_x_labels(x, height)]
+    left = max((len(name) for name in rows), default=0) * LETTER_PX + 16
+    return Chart(title=title, body="".join(body), height=height, note=note, left=left, top=4)
+
+
+def thin(x_N: NDArray[Any], y_N: NDArray[Any], most: int = POINTS) -> tuple[NDArray[Any], NDArray[Any]]:
+    """At most `most` of the points: the lowest and highest of every stretch, the first and the last of all."""
+    if len(x_N) <= most:
+        return x_N, y_N
+    kept = {0, len(x_N) - 1}
+    edges = np.linspace(0, len(x_N), (most - 2) // 2 + 1).astype(int).tolist()
+    for start, stop in pairwise(edges):
+        part = y_N[start:stop]
+        kept |= {start + int(np.where(np.isnan(part), np.inf, part).argmin())}
+        kept |= {start + int(np.where(np.isnan(part), -np.inf, part).argmax())}
+    index = np.array(sorted(kept))
+    return x_N[index], y_N[index]
+
+
+def figure(chart: Chart) -> str:
+    """The chart as HTML: title, legend and SVG."""
+    total = chart.top + chart.height + chart.bottom
+    edges = " ".join(f"{_n(edge)}px" for edge in (chart.top, chart.right, chart.bottom, chart.left))
+    style = f"height:{_n(total)}px;padding:{edges}"
+    readout = f' data-chart="{escaped(json.dumps(chart.readout, separators=(",", ":")))}"' if chart.readout else ""
+    note = f'<span class="note">{escaped(chart.note)}</span>' if chart.note else ""
+    return (
+        f'<figure class="chart"><figcaption><b>{escaped(chart.title)}</b>{note}</figcaption>{_html_keys(chart.keys)}'
+        f'<svg class="plot" role="img" aria-label="{escaped(chart.title)}" style="{style}"{readout}>'
+        f"{chart.body}</svg></figure>\n"
+    )
+
+
+def _html_keys(keys: Sequence[Key]) -> str:
+    if len(keys) < 2:
+        return ""
+    entries = [
+        f'<span class="key"><i class="{key.style}" {_own(key.colour)}></i>{escaped(key.name)}'
+        + (f" <b>{escaped(key.value)}</b>" if key.value else "")
+        + "</span>"
+        for key in keys
+    ]
+    return f'<div class="keys">{"".join(entries)}</div>'
+
+
+def standalone_svg(*charts: Chart, width: float = 720) -> str:
+    """The charts below each other as one SVG document with its own style and paper."""
+    parts, below = [], 12.0
+    for chart in charts:
+        parts.append(_text(16, below + 14, chart.title, "heading"))
+        below += 22
+        if chart.note:
+            parts.append(_text(16, below + 11, chart.note, "tick"))
+            below += 18
+        rows = _key_rows(chart.keys, width - 32)
+        parts += [_svg_key(key, 16 + place, below + 18 * row + 12) for key, place, row in rows]
+        below += 18 * (rows[-1][2] + 1) if rows else 0
+        inside = width - chart.left - chart.right
+        where = f'x="{_n(chart.left)}" y="{_n(below + chart.top)}" width="{_n(inside)}" height="{_n(chart.height)}"'
+        parts.append(f'<svg {where} overflow="visible">{chart.body}</svg>')
+        below += chart.top + chart.height + chart.bottom + 8
+    size = f'width="{_n(width)}" height="{_n(below)}" viewBox="0 0 {_n(width)} {_n(below)}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot standalone" {size}><style>{chart_style()}</style>'
+        f'<rect class="paper" width="100%" height="100%"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _key_rows(keys: Sequence[Key], width: float) -> list[tuple[Key, float, int]]:
+    """Place of every legend entry: how far right, in which row."""
+    placed: list[tuple[Key, float, int]] = []
+    right, row = 0.0, 0
+    for key in keys if len(keys) > 1 else ():
+        needed = (len(key.name) + len(key.value) + 1) * LETTER_PX + 40
+        if right and right + needed > width:
+            right, row = 0.0, row + 1
+        placed.append((key, right, row))
+        right += needed
+    return placed
+
+
+def _svg_key(key: Key, x: float, y: float) -> str:
+    shape = "dots" if key.style == "dot" else key.style
+    mark = f'<path class="{shape}" {_own(key.colour)} d="M{_n(x)} {_n(y - 4)}h{0 if shape == "dots" else 18}"/>'
+    if shape == "area":
+        mark = f'<rect class="cell" {_own(key.colour)} x="{_n(x)}" y="{_n(y - 9)}" width="18" height="10"/>'
+    return mark + _text(x + 24, y, f"{key.name} {key.value}".strip(), "tick")
+
+
+def chart_style() -> str:
+    """charts.css."""
+    return files("moestro.core").joinpath("charts.css").read_text(encoding="utf-8")
+
+
+def chart_script() -> str:
+    """charts.js: read-outs under the pointer."""
+    return files("moestro.core").joinpath("charts.js").read_text(encoding="utf-8")
+
+
+def escaped(text: str) -> str:
+    """Any text as HTML and XML may hold it: signs escaped, control characters shown as their symbols."""
+    shown = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {
+        127: 0x2421,
+        0xFFFE: 0xFFFD,
+        0xFFFF: 0xFFFD,
+    }
+    return html.escape(text.translate(shown).encode(errors="replace").decode())
+
+
+def _marks(series: Series, x: Axis, y: Axis, height: float, most: int) -> str:
+    """Band, line and dots of one series."""
+    x_N, y_N = np.asarray(series.x, dtype=float).ravel(), np.asarray(series.y, dtype=float).ravel()
+    band = ""
+    if series.low is not None and series.high is not None:
+        edge_N = np.concatenate([np.ravel(series.high), np.ravel(series.low)[::-1]])
+        across_N = np.concatenate([x_N, x_N[::-1]])
+        outline = _points(x.share(across_N) * STEPS_ACROSS, (1 - y.share(edge_N)) * height)
+        band = f'<path class="band" {_own(series.colour)} d="M{outline}z"/>'
+    x_N, y_N = thin(x_N, y_N, most)
+    right_N, down_N = x.share(x_N) * STEPS_ACROSS, (1 - y.share(y_N)) * height
+    known = np.isfinite(right_N) & np.isfinite(down_N)
+    dots = "".join(f"M{_points([right], [down])}h0" for right, down in zip(right_N[known], down_N[known], strict=True))
+    line = "".join(f"M{_points(right_N[run], down_N[run])}" + "h0" * (len(run) == 1) for run in _runs(known))
+    name = f'{_own(series.colour)} data-name="{escaped(series.name)}"'
+    if series.style == "dot":
+        return band + f'<path class="dots" {name} d="{dots}"/>'
+    shape = "line" if series.style == "dots" else series.style
+    more = f'<path class="dots" {_own(series.colour)} d="{dots}"/>' if series.style == "dots" else ""
+    return band + f'<path class="{shape}" {name} d="{line}"/>' + more
+
+
+def _runs(known_N: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+    """Stretches of True, as indices."""
+    index = np.flatnonzero(known_N)
+    return [run for run in np.split(index, np.flatnonzero(np.diff(index) > 1) + 1) if len(run)]
+
+
+def _points(right_N: ArrayLike, down_N: ArrayLike) -> str:
+    pairs = zip(np.asarray(right_N).tolist(), np.asarray(down_N).tolist(), strict=True)
+    return " ".join(f"{_n(right)} {_n(down)}" for right, down in pairs)
+
+
+def _cells(here_RC: NDArray[np.bool_]) -> str:
+    """Cells as one path of rectangles, neighbours in a row merged."""
+    path = []
+    for row, here_C in enumerate(here_RC):
+        turn = np.flatnonzero(np.diff(np.concatenate([[False], here_C, [False]]).astype(np.int8)))
+        path += [f"M{a} {row}h{b - a}v1h{a - b}z" for a, b in zip(turn[::2].tolist(), turn[1::2].tolist(), strict=True)]
+    return "".join(path)
+
+
+def _bar(row: Bar, x: Axis, middle: float) -> str:
+    start, end = sorted((float(x.share(0.0)), float(x.share(row.value))))
+    parts = [
+        f'<rect class="bar" {_own(row.colour)} x="{100 * start:.2f}%" y="{_n(middle - 9)}" '
+        f'width="{100 * (end - start):.2f}%" height="18"/>',
+        _text(-10, middle + (-2 if row.note else 4), row.name, "end label"),
+        _text(-10, middle + 12, row.note, "end tick"),
+    ]
+    if row.low is not None and row.high is not None:
+        low, high = (f"{100 * float(x.share(edge)):.2f}%" for edge in (row.low, row.high))
+        parts.append(f'<line class="interval" x1="{low}" x2="{high}" y1="{_n(middle)}" y2="{_n(middle)}"/>')
+        end = max(end, float(x.share(row.high)))
+    parts.append(_text(100 * end, middle + 4, number_text(row.value), "label value", "%", shift=6))
+    return "".join(parts)
+
+
+def _grid(x: Axis, y: Axis, height: float) -> list[str]:
+    """Horizontal rules with their values, and the axes' names."""
+    at_most = min(max(2, int(height / 27)), 8)
+    parts = []
+    for tick in y.ticks(at_most):
+        down = (1 - float(y.share(tick))) * height
+        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{_n(down)}" y2="{_n(down)}"/>')
+        parts.append(_text(-8, down + 4, y.text(tick, at_most), "end tick"))
+    return [*parts, _text(-48, -10, y.title, "title"), *_x_labels(x, height)]
+
+
+def _x_labels(x: Axis, height: float, ticks: int = 6) -> list[str]:
+    parts = [f'<line class="axis" x1="0" x2="100%" y1="{_n(height)}" y2="{_n(height)}"/>']
+    for tick in x.ticks(ticks):
+        right = 100 * float(x.share(tick))
+        parts.append(
+            f'<line class="axis" x1="{right:.2f}%" x2="{right:.2f}%" y1="{_n(height)}" y2="{_n(height + 4)}"/>'
+        )
+        parts.append(_text(right, height + 17, x.text(tick, ticks), "middle tick", "%"))
+    return [*parts, _text(100, height + 31, x.title, "end title", "%")]
+
+
+def _down(share: float, height: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{100 * share:.2f}%" x2="{100 * share:.2f}%" y1="0" y2="{_n(height)}"/>'
+
+
+def _reference_lines(references: Sequence[Reference], y: Axis, height: float) -> list[str]:
+    downs = [(1 - float(y.share(reference.value))) * height for reference in references]
+    return [f'<line class="reference" x1="0" x2="100%" y1="{_n(down)}" y2="{_n(down)}"/>' for down in downs]
+
+
+def _reference_names(references: Sequence[Reference], y: Axis, height: float) -> list[str]:
+    """Names above their lines, at least a line of text apart."""
+    lowest, parts = height + 14.0, []
+    for reference in sorted(references, key=lambda reference: reference.value):
+        lowest = min((1 - float(y.share(reference.value))) * height - 5, lowest - 14)
+        parts.append(_text(6, lowest, reference.label, "label halo"))
+    return parts
+
+
+def _plane(marks: str, height: float) -> str:
+    """Marks on a plot STEPS_ACROSS wide, stretched to the width there is."""
+    view = f'viewBox="0 0 {STEPS_ACROSS} {_n(height)}" preserveAspectRatio="none"'
+    return f'<svg class="marks" {view} width="100%" height="{_n(height)}" overflow="visible">{marks}</svg>'
+
+
+def _text(x: float, y: float, text: str, kind: str, unit: str = "", shift: float = 0) -> str:
+    if not text:
+        return ""
+    moved = f' dx="{_n(shift)}"' if shift else ""
+    return f'<text class="{kind}" x="{_n(x)}{unit}" y="{_n(y)}"{moved}>{escaped(text)}</text>'
+
+
+def _own(colour: str) -> str:
+    return f'style="--own:var(--{colour})"'
+
+
+def _readout(kind: str, x: Axis, y: Axis) -> dict[str, Any]:
+    axes: dict[str, Any] = {"kind": kind, "x": x.limits, "y": y.limits, "xname": x.label, "yname": y.unit or y.label}
+    return axes | {"log": y.log, "xlog": x.log, "digits": y.digits, "xdigits": x.digits}
+
+
+def _n(number: float) -> str:
+    """A coordinate: two decimals, without trailing zeros."""
+    return f"{number:.2f}".rstrip("0").rstrip(".") if number else "0"
