@@ -1,11 +1,17 @@
 """Where and in which precision a run computes, decided from what the machine has."""
 
 import ctypes
+import os
+import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+import moestro
 from moestro.core.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -36,6 +42,43 @@ def pick_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device)
     """The type of matrix products; weights stay float32."""
     bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a run computes on, for its log: hardware, threads and versions."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "hardware": hardware,
+        "cores": str(os.cpu_count() or 1),
+        "threads": str(torch.get_num_threads()),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "moestro": moestro.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name as its maker writes it, or its architecture."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8", errors="replace").splitlines() if about.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one CPU thread for a while, as generating does best: one token is too little work to share out.
+
+    60 tokens of the demo's model took 0.36 s, and 15.7 s with two threads while another process kept one of the two
+    cores busy, because every operation waits for the thread without a core (EPYC 9004, 2026-11-21).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:

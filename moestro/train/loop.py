@@ -22,6 +22,7 @@ from moestro.nn.decoder import parameter_counts
 from moestro.place.loads import LoadWriter
 from moestro.train import checkpoint
 from moestro.train.data import TokenData, open_data, prepare
+from moestro.train.device import environment
 from moestro.train.evaluate import Evaluation, compressors, evaluate
 from moestro.train.optim import lr_share
 from moestro.train.progress import Reading, Silent, Watcher
@@ -126,6 +127,7 @@ class _Session:
             train_tokens=len(self.data.train.token_N),
             train_bytes=self.data.train.text_bytes,
             heldout_bytes=self.data.heldout.text_bytes,
+            environment=environment(trainer.device),
         )
         left_out = ", ".join(f"{number} {reason}" for reason, number in self.data.left_out.items())
         self.watcher.say(
