@@ -91,7 +91,9 @@ class Axis:
     def text(self, value: float, at_most: int = 6) -> str:
         """A tick's label, with as many digits as its neighbours need."""
         if self.log:
-            return f"{value:,.6g}"
+            power = 10.0 ** _power(value)
+            whole = math.isclose(value / power, round(value / power))
+            return number_text(value, power if whole else power / 10).replace(".00 ", " ").replace(".0 ", " ")
         ticks = self.ticks(at_most)
         gaps = np.diff(ticks)
         return number_text(value, float(gaps.min()) if len(gaps) else abs(value))

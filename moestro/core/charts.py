@@ -31,8 +31,10 @@ POINTS = 600
 """Most points of one line; more are thinned, extremes kept."""
 CHART_POINTS = 4800
 """Most points of all lines of a chart together."""
-LETTER_PX = 6.4
+LETTER_PX = 6.8
 """Width of a letter of chart text, on average."""
+MARGIN = 16
+"""Pixels between the paper's edge and what stands on it, in standalone files."""
 STEPS_ACROSS = 1000
 """Lines are drawn on a plot this wide and stretched."""
 
@@ -145,7 +147,7 @@ def stacked_area(
         there = _points(right_N, (1 - y.share(above_N)) * height)
         back = _points(right_N[::-1], (1 - y.share(below_N[::-1])) * height)
         marks.append(f'<path class="area" {_own(one.colour)} data-name="{escaped(one.name)}" d="M{there} {back}z"/>')
-    body = [_plane("".join(marks), height), *_grid(x, y, height)]
+    body = [_plane("".join(marks), height), f'<g class="over">{"".join(_grid(x, y, height))}</g>']
     keys = tuple(Key(one.name, one.colour, "area", one.value) for one in reversed(series))
     return Chart(title=title, body="".join(body), height=height, note=note, keys=keys, readout=_readout("area", x, y))
 
@@ -213,21 +215,22 @@ def heat_map(
     body.append(_text(-48, -8, row_label, "title"))
     readout: dict[str, Any] = {"kind": "heat", "x": x.fitted([]).limits, "xname": x.label, "rows": list(rows)}
     readout |= {"row": row_label, "unit": shades.label}
-    readout["values"] = [[None if np.isnan(v) else float(f"{v:.3g}") for v in row] for row in value_RC.tolist()]
-    return Chart(title=title, body="".join(body), height=height, note=note, readout=readout)
+    readout["values"] = [[float(f"{v:.3g}") if np.isfinite(v) else None for v in row] for row in value_RC.tolist()]
+    left = max([52, *(len(name) * LETTER_PX + 12 for name in rows)])
+    return Chart(title=title, body="".join(body), height=height, note=note, readout=readout, left=left)
 
 
 def shades_key(shades: Shades) -> Chart:
     """The legend of heat maps, itself a small chart."""
     ratio = shades.kind == "ratio"
-    levels = list(range(0 if ratio else 8, 17))
-    width = 100 / (len(levels) + (2 if ratio else 0))
-    places = [(level, (place + (2 if ratio else 0)) * width) for place, level in enumerate(levels)]
-    cell = '<rect class="cell" {} x="{:.2f}%" y="0" width="{:.2f}%" height="12"/>'
-    body = [cell.format(_own(f"q{level}"), place, width + 0.05) for level, place in places]
-    body += [_text(place + width / 2, 26, _shade_text(shades, level), "middle tick", "%") for level, place in places]
-    if ratio:
-        body += [cell.format(_own("none"), 0, width), _text(width / 2, 26, "0", "middle tick", "%")]
+    shown = [(f"q{level}", _shade_text(shades, level), "cell") for level in range(0 if ratio else 8, 17)]
+    if ratio:  # the colour of zero stands apart
+        shown = [("none", "0", "cell outlined"), ("", "", ""), *shown]
+    width, body = 100 / len(shown), []
+    for place, (colour, text, kind) in enumerate(shown):
+        where = f'x="{place * width:.2f}%" y="0" width="{width + 0.05:.2f}%" height="12"'
+        body.append(f'<rect class="{kind}" {_own(colour)} {where}/>' if colour else "")
+        body.append(_text((place + 0.5) * width, 26, text, "middle tick", "%"))
     return Chart(title=shades.label, body="".join(body), height=12, left=10, right=10, top=4, bottom=18)
 
 
@@ -238,7 +241,7 @@ def _shade_text(shades: Shades, level: int) -> str:
     if shades.kind == "amount":
         return number_text(shades.high * (level - 8) / 8, shades.high / 2)
     value = shades.high ** ((level - 8) / 8)
-    text = f"{value:.2g}" if value >= 1 else f"1/{1 / value:.2g}"
+    text = f"{value:.3g}" if value >= 1 else f"1/{1 / value:.3g}"
     return {0: "\u2264 ", 16: "\u2265 "}.get(level, "") + text
 
 
@@ -302,16 +305,16 @@ def standalone_svg(*charts: Chart, width: float = 720) -> str:
     """The charts below each other as one SVG document with its own style and paper."""
     parts, below = [], 12.0
     for chart in charts:
-        parts.append(_text(16, below + 14, chart.title, "heading"))
+        parts.append(_text(MARGIN, below + 14, chart.title, "heading"))
         below += 22
         if chart.note:
-            parts.append(_text(16, below + 11, chart.note, "tick"))
+            parts.append(_text(MARGIN, below + 11, chart.note, "tick"))
             below += 18
-        rows = _key_rows(chart.keys, width - 32)
-        parts += [_svg_key(key, 16 + place, below + 18 * row + 12) for key, place, row in rows]
+        rows = _key_rows(chart.keys, width - 2 * MARGIN)
+        parts += [_svg_key(key, MARGIN + place, below + 18 * row + 12) for key, place, row in rows]
         below += 18 * (rows[-1][2] + 1) if rows else 0
-        inside = width - chart.left - chart.right
-        where = f'x="{_n(chart.left)}" y="{_n(below + chart.top)}" width="{_n(inside)}" height="{_n(chart.height)}"'
+        left, inside = MARGIN - 4 + chart.left, width - 2 * MARGIN + 8 - chart.left - chart.right
+        where = f'x="{_n(left)}" y="{_n(below + chart.top)}" width="{_n(inside)}" height="{_n(chart.height)}"'
         parts.append(f'<svg {where} overflow="visible">{chart.body}</svg>')
         below += chart.top + chart.height + chart.bottom + 8
     size = f'width="{_n(width)}" height="{_n(below)}" viewBox="0 0 {_n(width)} {_n(below)}"'
@@ -335,10 +338,13 @@ def _key_rows(keys: Sequence[Key], width: float) -> list[tuple[Key, float, int]]
 
 
 def _svg_key(key: Key, x: float, y: float) -> str:
-    shape = "dots" if key.style == "dot" else key.style
-    mark = f'<path class="{shape}" {_own(key.colour)} d="M{_n(x)} {_n(y - 4)}h{0 if shape == "dots" else 18}"/>'
-    if shape == "area":
+    if key.style == "area":
         mark = f'<rect class="cell" {_own(key.colour)} x="{_n(x)}" y="{_n(y - 9)}" width="18" height="10"/>'
+    else:
+        shape = "line" if key.style == "dots" else key.style
+        mark = "" if key.style == "dot" else f'<path class="{shape}" {_own(key.colour)} d="M{_n(x)} {_n(y - 4)}h18"/>'
+        dot = f'<path class="dots" {_own(key.colour)} d="M{_n(x + 9)} {_n(y - 4)}h0"/>'
+        mark += dot if key.style in ("dots", "dot") else ""
     return mark + _text(x + 24, y, f"{key.name} {key.value}".strip(), "tick")
 
 
@@ -363,25 +369,29 @@ def escaped(text: str) -> str:
 
 
 def _marks(series: Series, x: Axis, y: Axis, height: float, most: int) -> str:
-    """Band, line and dots of one series."""
-    x_N, y_N = np.asarray(series.x, dtype=float).ravel(), np.asarray(series.y, dtype=float).ravel()
-    band = ""
-    if series.low is not None and series.high is not None:
-        edge_N = np.concatenate([np.ravel(series.high), np.ravel(series.low)[::-1]])
-        across_N = np.concatenate([x_N, x_N[::-1]])
-        outline = _points(x.share(across_N) * STEPS_ACROSS, (1 - y.share(edge_N)) * height)
-        band = f'<path class="band" {_own(series.colour)} d="M{outline}z"/>'
-    x_N, y_N = thin(x_N, y_N, most)
+    """Band, line and dots of one series; a point without neighbours becomes a dot."""
+    x_N, y_N = thin(np.ravel(series.x).astype(float), np.ravel(series.y).astype(float), most)
     right_N, down_N = x.share(x_N) * STEPS_ACROSS, (1 - y.share(y_N)) * height
-    known = np.isfinite(right_N) & np.isfinite(down_N)
-    dots = "".join(f"M{_points([right], [down])}h0" for right, down in zip(right_N[known], down_N[known], strict=True))
-    line = "".join(f"M{_points(right_N[run], down_N[run])}" + "h0" * (len(run) == 1) for run in _runs(known))
+    runs = _runs(np.isfinite(right_N) & np.isfinite(down_N))
+    dotted = [i for run in runs for i in run.tolist() if len(run) == 1 or series.style in ("dots", "dot")]
+    dots = "".join(f"M{_points([right_N[i]], [down_N[i]])}h0" for i in dotted)
+    line = "".join(f"M{_points(right_N[run], down_N[run])}" + "h0" * (len(run) == 1) for run in runs)
     name = f'{_own(series.colour)} data-name="{escaped(series.name)}"'
+    band = _band(series, x, y, height)
     if series.style == "dot":
-        return band + f'<path class="dots" {name} d="{dots}"/>'
+        return f'{band}<path class="dots" {name} d="{dots}"/>'
     shape = "line" if series.style == "dots" else series.style
-    more = f'<path class="dots" {_own(series.colour)} d="{dots}"/>' if series.style == "dots" else ""
-    return band + f'<path class="{shape}" {name} d="{line}"/>' + more
+    more = f'<path class="dots" {_own(series.colour)} d="{dots}"/>' if dots else ""
+    return f'{band}<path class="{shape}" {name} d="{line}"/>{more}'
+
+
+def _band(series: Series, x: Axis, y: Axis, height: float) -> str:
+    if series.low is None or series.high is None:
+        return ""
+    right_N = x.share(np.ravel(series.x)) * STEPS_ACROSS
+    low_N, high_N = ((1 - y.share(np.ravel(edge))) * height for edge in (series.low, series.high))
+    outline = f"M{_points(right_N, high_N)} {_points(right_N[::-1], low_N[::-1])}z"
+    return f'<path class="band" {_own(series.colour)} d="{outline}"/>'
 
 
 def _runs(known_N: NDArray[np.bool_]) -> list[NDArray[np.int64]]:

@@ -104,11 +104,13 @@ def bin_means(step_N: Numbers, value_NX: NDArray[Any], last_step: int, most: int
 
 
 def smoothed(value_N: Numbers, window: int) -> Numbers:
-    """Centred moving mean over `window` steps, over fewer at both ends; NaN is left out."""
-    known_N = np.isfinite(value_N)
-    half = window // 2
+    """Moving mean over `window` steps around each, fewer at the ends; NaN is left out.
+
+    At the beginning, where curves fall fast, as many steps before as after, so that the mean does not run ahead.
+    """
+    known_N, place_N, half = np.isfinite(value_N), np.arange(len(value_N)), window // 2
     sums_N, counts_N = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(known_N, value_N, 0), known_N))
-    start_N = np.maximum(np.arange(len(value_N)) - half, 0)
-    stop_N = np.minimum(np.arange(len(value_N)) + half + 1, len(value_N))
+    start_N = np.maximum(place_N - half, 0)
+    stop_N = np.minimum(place_N + np.minimum(half, place_N) + 1, len(value_N))
     with np.errstate(invalid="ignore"):
         return np.asarray((sums_N[stop_N] - sums_N[start_N]) / (counts_N[stop_N] - counts_N[start_N]))

@@ -49,9 +49,9 @@ def write_report(folder: RunFolder) -> Path:
     title = run.recipe.report.title or folder.root.resolve().name
     sections = [
         _header(run, title),
-        _section("Learning", "", _grid(map(figure, learning_charts(run)), wide=1)),
+        _section("Learning", "", _grid(map(figure, learning_charts(run)), "first")),
         _experts(run),
-        _section("Speed", "", _grid(map(figure, speed_charts(run)))),
+        _section("Speed", "", _grid(map(figure, speed_charts(run)), "even")),
         _samples(run, folder),
         _happenings(run),
         _making(run, folder),
@@ -85,10 +85,10 @@ def _section(title: str, text: str, body: str) -> str:
     return f'<section id="{title.lower()}">\n<h2>{escaped(title)}</h2>\n{lead}{body}</section>\n' if body else ""
 
 
-def _grid(figures: Iterable[str], wide: int = 0) -> str:
-    """Figures beside each other; the first `wide` take the whole width."""
-    cells = [f'<div class="wide">{one}</div>' if place < wide else one for place, one in enumerate(figures)]
-    return f'<div class="grid">\n{"".join(cells)}</div>\n' if cells else ""
+def _grid(figures: Iterable[str], kind: str = "") -> str:
+    """Figures beside each other. first: the first takes the whole width; even: so does a last one without neighbour."""
+    cells = "".join(figures)
+    return f'<div class="grid {kind}">\n{cells}</div>\n' if cells else ""
 
 
 def _header(run: Run, title: str) -> str:
@@ -217,8 +217,9 @@ def _hardware(run: Run) -> Tile | None:
         return None
     around: dict[str, str] = begun.get("environment", {})
     where = around.get("hardware", "")
-    threads = f", {around['threads']} threads" if begun["device"] == "cpu" and "threads" in around else ""
-    return Tile("computed on", begun["device"].upper(), begun["precision"], where + threads)
+    if begun["device"] == "cpu" and "threads" in around:
+        where += f", {around['threads']} of {around['cores']} cores"
+    return Tile("computed on", begun["device"].upper(), begun["precision"], where)
 
 
 def _experts(run: Run) -> str:
@@ -226,18 +227,20 @@ def _experts(run: Run) -> str:
     routing = [figure(chart) for chart in routing_charts(run)]
     shades = f'<div class="shades">{key}</div>' if key else ""
     text = "How many tokens each expert got, beside the mean of its layer. "
-    return _section("Experts", text + load_limits(run) if maps else "", shades + _grid(maps) + _grid(routing))
+    return _section("Experts", text + load_limits(run) if maps else "", shades + _grid(maps) + _grid(routing, "even"))
 
 
 def _samples(run: Run, folder: RunFolder) -> str:
     spec = run.recipe.report
     if not spec.prompts:
         return ""
+    if not folder.checkpoints():
+        return _section("Samples", "There are no samples, because the run has no checkpoint yet.", "\n")
     try:
         with one_thread():
             texts = _continuations(folder, spec)
     except Error as error:
-        return _section("Samples", f"There are no samples: {error}.", "<p></p>")
+        return _section("Samples", f"There are no samples: {error}.", "\n")
     text = (
         f"Each prompt continued by {spec.sample_tokens} tokens at temperature {spec.temperature:g}, newest checkpoint."
     )

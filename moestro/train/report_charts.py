@@ -44,7 +44,11 @@ MOST_CELLS = 40_000
 """Of all heat maps together; more would make the file heavy."""
 LOAD = Shades(kind="ratio", high=4.0, label="load over the layer's mean")
 SMOOTH_SHARE = 1 / 20
-"""Window of a moving mean, as a share of the run."""
+"""Window of a moving mean over a curve that is also shown unsmoothed, as a share of the steps."""
+LAYER_SMOOTH_SHARE = 1 / 40
+"""The same for curves per layer, which overlap too much to be shown unsmoothed."""
+FIXED = ("top1", "top2", "topk")
+"""Rules that give every token the same number of experts: a flat line says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +139,19 @@ def _raw_and_smooth(name: str, step_N: Numbers, value_N: Numbers, colour: str) -
     """Every step, faint, and a moving mean on top where there are enough steps for one."""
     if not len(value_N):
         return []
-    window = max(3, int(len(value_N) * SMOOTH_SHARE)) | 1
-    if len(value_N) < 4 * window:
+    window = _window(len(value_N), SMOOTH_SHARE)
+    if window == 1:
         return [Series(name=name, x=step_N, y=value_N, colour=colour)]
     mean = f"mean of {window} steps"
     return [
         Series(name=f"{name}, every step", x=step_N, y=value_N, colour=colour, style="faint"),
         Series(name=f"{name}, {mean}", x=step_N, y=smoothed(value_N, window), colour=colour, style="bold"),
     ]
+
+
+def _window(steps: int, share: float) -> int:
+    """An odd number of steps to average over; 1 where there are too few to do so."""
+    return max(3, int(steps * share)) | 1 if steps >= 40 else 1
 
 
 def _spans(value_N: Numbers, factor: float) -> bool:
@@ -221,9 +230,9 @@ def routing_charts(run: Run) -> list[Chart]:
     uniform = Reference(f"uniform over {choices}: {number_text(math.log(choices))}", math.log(choices))
     even = Reference("even", 1.0)
     steers = "of probability mass" if router.rule == "topp" else "of the gap between the two best experts"
+    counts = [_layer_chart(run, "experts", "Experts per token", extra=_target(run)), _classes_chart(run)]
     candidates = [
-        _layer_chart(run, "experts", "Experts per token", extra=_target(run)),
-        _classes_chart(run),
+        *(counts if router.rule not in FIXED else []),
         _layer_chart(run, "threshold", "Threshold", steers),
         _layer_chart(run, "busiest_over_mean", "Busiest expert", LOAD.label, [even]),
         _layer_chart(run, "entropy", "Router entropy", "nats", [uniform]),
@@ -245,14 +254,17 @@ def _layer_chart(
     if value_NL.ndim != 2:
         return None
     step_N, drawn = run.history.steps(), run.drawn
+    window = _window(len(step_N), LAYER_SMOOTH_SHARE) if field != "threshold" else 1
     series = [
-        Series(name=f"layer {run.layers[index]}", x=step_N, y=value_NL[:, index], colour=colour)
+        Series(name=f"layer {run.layers[index]}", x=step_N, y=smoothed(value_NL[:, index], window), colour=colour)
         for index, colour in zip(drawn, depth_colours(len(drawn)), strict=True)
     ]
     if len(run.layers) > len(drawn):
-        series.append(Series(name="all layers", x=step_N, y=value_NL.mean(1), colour="ink", style="bold"))
-    y = Axis(label=label)
-    return line_chart(title, [*series, *(extra or [])], x=run.x, y=y, references=references or [], height=200)
+        mean_N = smoothed(value_NL.mean(1), window)
+        series.append(Series(name="mean of all layers", x=step_N, y=mean_N, colour="ink", style="bold"))
+    note = f"Mean of {window} steps." if window > 1 else ""
+    axes = {"x": run.x, "y": Axis(label=label)}
+    return line_chart(title, [*series, *(extra or [])], **axes, references=references or [], height=200, note=note)
 
 
 def _target(run: Run) -> list[Series]:
