@@ -8,12 +8,14 @@ import pytest
 
 from moestro.core.axes import Axis
 from moestro.core.charts import (
+    STEPS_ACROSS,
     Bar,
     Chart,
     Reference,
     Series,
     Shades,
     bars,
+    chart_script,
     depth_colours,
     escaped,
     figure,
@@ -212,6 +214,10 @@ def test_charts_in_a_standalone_file_do_not_overlap() -> None:
         second.get("y", "nan")
     )
     assert float(second.get("y", "nan")) + chart.height + chart.bottom <= float(root.get("height", "nan"))
+
+
+def test_the_script_reads_places_on_the_scale_they_are_drawn_on() -> None:
+    assert f"const ACROSS = {STEPS_ACROSS};" in chart_script()
 
 
 def test_nothing_to_draw_is_an_empty_chart() -> None:

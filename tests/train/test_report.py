@@ -175,6 +175,7 @@ def test_skipped_steps_are_on_the_timeline_with_their_batch(make_recipe: MakeRec
     page = page_of(folder)
     assert "step 2 was not applied: loss nan, gradient norm inf; batch: tokens 1..9 of poem.txt" in page.words["li"]
     assert "and 10 more" in page.words["li"]
+    assert page.count["li"] == 20 + 1
     chart = timeline_of(open_run(folder))
     assert chart is not None
     assert "not applied" in chart.body
