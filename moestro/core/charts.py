@@ -462,10 +462,13 @@ def _reference_lines(references: Sequence[Reference], y: Axis, height: float) ->
 
 
 def _reference_names(references: Sequence[Reference], y: Axis, height: float) -> list[str]:
-    """Names above their lines, at least a line of text apart."""
+    """Names above their lines, a line of text apart; of two near lines the lower one has its name below, if it fits."""
+    ordered = sorted(references, key=lambda reference: reference.value)
+    downs = [(1 - float(y.share(reference.value))) * height for reference in ordered]
+    near = len(downs) > 1 and downs[0] - downs[1] < 20 and height - downs[0] > 15
     lowest, parts = height + 14.0, []
-    for reference in sorted(references, key=lambda reference: reference.value):
-        lowest = min((1 - float(y.share(reference.value))) * height - 5, lowest - 14)
+    for place, (reference, down) in enumerate(zip(ordered, downs, strict=True)):
+        lowest = down + 13 if near and place == 0 else min(down - 5, lowest - 14)
         parts.append(_text(6, lowest, reference.label, "label halo"))
     return parts
 
