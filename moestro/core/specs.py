@@ -162,8 +162,8 @@ class RouterSpec:
             raise ConfigError("model.moe.router.mean_experts and model.moe.router.start_experts must be 1 or more")
         if self.weights == "renormalise" and self.always_single:
             raise ConfigError(
-                f"model.moe.router.weights is renormalise with rule {self.rule}, which may choose one expert: its weight "
-                "would be 1 and the router would get no gradient; use keep"
+                f"model.moe.router.weights is renormalise with rule {self.rule}, which may choose one expert: its "
+                "weight would be 1 and the router would get no gradient; use keep"
             )
         if self.weights == "ramp" and self.rule != "gap":
             raise ConfigError(f"model.moe.router.weights is ramp; it is for rule gap, not {self.rule}; use keep")
