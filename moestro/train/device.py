@@ -70,8 +70,8 @@ def _processor() -> str:
 def one_thread() -> Iterator[None]:
     """Compute on one CPU thread for a while, as generating does best: one token is too little work to share out.
 
-    60 tokens of the demo's model took 0.36 s, and 15.7 s with two threads while another process kept one of the two
-    cores busy, because every operation waits for the thread without a core (EPYC 9004, 2026-11-21).
+    60 tokens of the demo's model took 0.36 s with one thread and 15.7 s with two, on two cores that other processes
+    were using too (AMD EPYC, 2026-11-21).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
