@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr int64_t kSmall = 1 << 14;  // numbers below which waking other threads costs more than they help
+
 struct bf16 {
   uint16_t bits;
 };
@@ -54,7 +56,7 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + exp_fast(-x)); }
 // act = silu(gate) * up * weight, where a row of gate_up holds gate then up.
 template <class T>
 void swiglu(const T* gate_up, const float* weight, T* act, int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * width > kSmall)
   for (int64_t i = 0; i < rows; i++) {
     const T *gate = gate_up + i * 2 * width, *up = gate + width;
     T* out = act + i * width;
@@ -71,7 +73,7 @@ void swiglu(const T* gate_up, const float* weight, T* act, int64_t rows, int64_t
 template <class T>
 void swiglu_backward(const T* gate_up, const float* weight, const T* d_act, T* act, T* d_gate_up, float* d_weight,
                      int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * width > kSmall)
   for (int64_t i = 0; i < rows; i++) {
     const T *gate = gate_up + i * 2 * width, *up = gate + width, *d = d_act + i * width;
     T *out = act + i * width, *d_gate = d_gate_up + i * 2 * width, *d_up = d_gate + width;
@@ -92,7 +94,7 @@ void swiglu_backward(const T* gate_up, const float* weight, const T* d_act, T* a
 // y[t] = sum over k of rows[slot[t, k]]; slot -1 adds nothing. The order of the sum is the order of k.
 template <class T>
 void combine(const T* rows, const int64_t* slot, T* y, int64_t tokens, int64_t choices, int64_t width) {
-#pragma omp parallel
+#pragma omp parallel if (tokens * width > kSmall)
   {
     std::vector<float> sum(width);
 #pragma omp for schedule(static)
@@ -114,7 +116,7 @@ void combine(const T* rows, const int64_t* slot, T* y, int64_t tokens, int64_t c
 // y = x * scale / rms(x); rstd keeps 1 / rms per row for the way back.
 template <class X, class Y>
 void rms_norm(const X* x, const float* scale, Y* y, float* rstd, int64_t rows, int64_t width, float eps) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * width > kSmall)
   for (int64_t i = 0; i < rows; i++) {
     const X* in = x + i * width;
     float squares = 0.0f;
@@ -133,7 +135,7 @@ template <class X, class Y>
 void rms_norm_backward(const X* x, const float* scale, const float* rstd, const Y* d_y, X* d_x, float* d_scale,
                        int64_t rows, int64_t width) {
   std::vector<float> partial(kBlocks * width, 0.0f);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * width > kSmall)
   for (int64_t block = 0; block < kBlocks; block++) {
     float* sums = partial.data() + block * width;
     for (int64_t i = rows * block / kBlocks; i < rows * (block + 1) / kBlocks; i++) {
@@ -162,7 +164,7 @@ void rms_norm_backward(const X* x, const float* scale, const float* rstd, const 
 // Scores [matrices, queries, keys] to causal softmax weights, in place; query i sees keys 0..i + keys - queries.
 template <class T>
 void causal_softmax(T* scores, int64_t matrices, int64_t queries, int64_t keys, float scale) {
-#pragma omp parallel for schedule(dynamic, 64)
+#pragma omp parallel for schedule(dynamic, 64) if (matrices * queries * keys > kSmall)
   for (int64_t n = 0; n < matrices * queries; n++) {
     T* row = scores + n * keys;
     int64_t seen = n % queries + 1 + keys - queries;
@@ -182,7 +184,7 @@ void causal_softmax(T* scores, int64_t matrices, int64_t queries, int64_t keys, 
 template <class T>
 void causal_softmax_backward(const T* weights, T* d_weights, int64_t matrices, int64_t queries, int64_t keys,
                              float scale) {
-#pragma omp parallel for schedule(dynamic, 64)
+#pragma omp parallel for schedule(dynamic, 64) if (matrices * queries * keys > kSmall)
   for (int64_t n = 0; n < matrices * queries; n++) {
     const T* w = weights + n * keys;
     T* d = d_weights + n * keys;
@@ -199,7 +201,7 @@ void causal_softmax_backward(const T* weights, T* d_weights, int64_t matrices, i
 // Logits become d_logits of `scale` times the summed cross-entropy, in place; losses are per row, in nats, unscaled.
 template <class T>
 void cross_entropy(T* logits, const int64_t* target, float* losses, int64_t rows, int64_t width, float scale) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * width > kSmall)
   for (int64_t i = 0; i < rows; i++) {
     T* row = logits + i * width;
     float top = -INFINITY, sum = 0.0f, wanted = load(row[target[i]]);
