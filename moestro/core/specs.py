@@ -9,7 +9,7 @@
 Each checks itself; a recipe's `[model]` table is exactly one ModelSpec.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from moestro.core.config import STRICT
@@ -69,6 +69,10 @@ class AttentionSpec:
     bias: bool = False
     window: int = 0
     """A token sees at most this many tokens including itself; 0 means all before it."""
+    window_layers: tuple[int, ...] = ()
+    """Layers (from 0) that have the window; empty means all, where there is one."""
+    clip: float = 0.0
+    """Queries, keys and values are limited to -clip..clip after their norm (OLMo); 0 does not limit."""
     rope: RopeSpec = field(default_factory=RopeSpec)
     q_rank: int = 0
     """mla: rank of compressed queries; 0 leaves queries uncompressed."""
@@ -93,11 +97,16 @@ class AttentionSpec:
                 f"model.attention.kind mla has kv_rank {self.kv_rank}, rope_head_dim {self.rope_head_dim}, "
                 f"head_dim {self.head_dim}; all three must be 1 or more"
             )
-        if min(self.window, self.memory_length, self.q_rank) < 0:
-            raise ConfigError("model.attention.window, memory_length and q_rank must be 0 or more")
-        if self.kind != "gqa" and (self.window or self.qk_norm != "none"):
+        if min(self.window, self.memory_length, self.q_rank, self.clip) < 0:
+            raise ConfigError("model.attention.window, memory_length, q_rank and clip must be 0 or more")
+        if self.kind != "gqa" and (self.window or self.clip or self.qk_norm != "none"):
             raise ConfigError(
-                f"model.attention.window and model.attention.qk_norm are for kind gqa, not {self.kind}; leave them out"
+                f"model.attention.window, clip and qk_norm are for kind gqa, not {self.kind}; leave them out"
+            )
+        if self.window_layers and not self.window:
+            raise ConfigError(
+                f"model.attention.window_layers is {list(self.window_layers)} but model.attention.window is 0; "
+                "set the window, or leave the layers out"
             )
 
     @property
@@ -273,9 +282,10 @@ class ModelSpec:
             )
         if attention.kind != "transformer_xl" and self.rotary_dim % 2:
             raise ConfigError(f"a head has {self.rotary_dim} rotary dimensions; rotary positions need an even number")
-        wrong = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
-        if wrong:
-            raise ConfigError(f"model.dense_layers has {wrong}; layers are 0..{self.num_layers - 1}")
+        for name, layers in (("dense_layers", self.dense_layers), ("attention.window_layers", attention.window_layers)):
+            wrong = [layer for layer in layers if not 0 <= layer < self.num_layers]
+            if wrong:
+                raise ConfigError(f"model.{name} has {wrong}; layers are 0..{self.num_layers - 1}")
         if self.dense_width < 1 and len(self.moe_layers) < self.num_layers:
             raise ConfigError(f"model.dense_width is {self.dense_width}; dense layers need it to be 1 or more")
 
@@ -288,6 +298,11 @@ class ModelSpec:
     def rotary_dim(self) -> int:
         """Width of the part of a head that is rotated."""
         return self.attention.rope_head_dim if self.attention.kind == "mla" else self.head_dim
+
+    def attention_at(self, layer: int) -> AttentionSpec:
+        """The attention of one layer: with the window only where it has one."""
+        windowed = layer in (self.attention.window_layers or range(self.num_layers))
+        return replace(self.attention, window=self.attention.window if windowed else 0, window_layers=())
 
     @property
     def moe_layers(self) -> list[int]:

@@ -8,7 +8,7 @@ Dimension key:  B sequences   S positions   D width   V vocabulary
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Block(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(spec.width, spec.norm_eps)
-        self.attention = ATTENTION[spec.attention.kind](spec)
+        self.attention = ATTENTION[spec.attention.kind](replace(spec, attention=spec.attention_at(layer)))
         self.feed_forward_norm = RMSNorm(spec.width, spec.norm_eps)
         sparse = spec.moe is not None and layer in spec.moe_layers
         self.feed_forward: nn.Module = (
