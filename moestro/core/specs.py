@@ -16,6 +16,8 @@ from moestro.core.config import STRICT
 from moestro.core.errors import ConfigError
 
 Rule = Literal["top1", "top2", "topk", "gap", "topp", "gshard", "null", "relu", "expert_choice", "quantile"]
+BUDGETED = ("gap", "topp", "relu", "expert_choice", "quantile")
+"""Rules whose mean experts per token is steered to RouterSpec.mean_experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,14 +124,14 @@ class RouterSpec:
     __pydantic_config__ = STRICT
     rule: Rule = "gap"
     k: int = 2
-    """Experts per token: exactly for topk, at most for topp, drawn from real and null experts for null, on average
-    for relu, expert_choice and quantile."""
+    """Experts per token: exactly for topk, at most for topp, of real and null experts together for null."""
     mean_experts: float = 1.35
-    """gap and topp: the budget, mean experts per token that the threshold is steered to."""
+    """gap, topp, relu, expert_choice, quantile: the budget, mean experts per token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
-    weights: Literal["keep", "pair", "ramp", "renormalise"] = "keep"
+    weights: Literal["keep", "pair", "straight", "ramp", "renormalise"] = "keep"
     """keep: the raw score. pair: over the sum of the two best, taken or not. ramp: as pair, and the second expert fades
-    in from 0 at the threshold. renormalise: chosen sum to 1."""
+    in from 0 at the threshold. renormalise: chosen sum to 1. straight: the same in value, the sum a constant to the
+    gradient, so that a lone expert weighs 1 and its router still learns."""
     ramp_width: float = 0.5
     """ramp: share of the threshold over which the second expert's weight rises to its full value."""
     weight_scale: float = 1.0
@@ -145,9 +147,9 @@ class RouterSpec:
     start_experts: float = 2.0
     anneal_share: float = 0.1
     """The budget starts at start_experts and moves to mean_experts over this share of the run's steps."""
-    threshold_decay: float = 0.95
+    threshold_decay: float = 0.9
     """Decay per step of the running quantile behind the threshold."""
-    integral_gain: float = 0.02
+    integral_gain: float = 0.05
     """Share of the budget's error that the threshold integrates per step."""
     aux_loss: float = 0.01
     """Weight of the load-balancing loss (Switch, Fedus 2021)."""
@@ -201,6 +203,11 @@ class RouterSpec:
     def always_single(self) -> bool:
         """True where a token may end up with one expert."""
         return self.rule in ("top1", "gap", "topp", "gshard", "null") or (self.rule == "topk" and self.k == 1)
+
+    @property
+    def expected_experts(self) -> float:
+        """Mean experts per token by the budget; for null, where real and null experts are equally popular."""
+        return self.mean_experts if self.rule in BUDGETED else float(self.max_experts)
 
     @property
     def max_experts(self) -> int:

@@ -166,7 +166,6 @@ def parameter_counts(model: nn.Module, spec: ModelSpec) -> tuple[int, float]:
     total = sum(parameter.numel() for parameter in model.parameters())
     if spec.moe is None:
         return total, float(total)
-    router = spec.moe.router
-    used = router.mean_experts if router.rule in ("gap", "topp") else float(router.max_experts)
+    used = spec.moe.router.expected_experts
     own = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
     return total, total - own * (1 - min(used / spec.moe.num_experts, 1.0))
