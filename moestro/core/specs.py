@@ -145,7 +145,7 @@ class RouterSpec:
     """Group-limited routing: only experts of this many of the num_groups best groups may be chosen."""
     group_score: Literal["max", "top2_sum"] = "top2_sum"
     start_experts: float = 2.0
-    anneal_share: float = 0.1
+    anneal_share: float = 0.45
     """The budget starts at start_experts and moves to mean_experts over this share of the run's steps."""
     threshold_decay: float = 0.9
     """Decay per step of the running quantile behind the threshold."""
