@@ -112,12 +112,15 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         getattr(loaded, f"swiglu_{name}").argtypes = [pointer] * 3 + [integer] * 2
         getattr(loaded, f"swiglu_backward_{name}").argtypes = [pointer] * 6 + [integer] * 2
         getattr(loaded, f"combine_{name}").argtypes = [pointer] * 3 + [integer] * 3
+        getattr(loaded, f"gather_{name}").argtypes = [pointer] * 3 + [integer] * 3
         getattr(loaded, f"causal_softmax_{name}").argtypes = [pointer] + [integer] * 3 + [ctypes.c_float]
         getattr(loaded, f"causal_softmax_backward_{name}").argtypes = [pointer] * 2 + [integer] * 3 + [ctypes.c_float]
         getattr(loaded, f"cross_entropy_{name}").argtypes = [pointer] * 3 + [integer] * 2 + [ctypes.c_float]
     for pair in ("f32_f32", "f32_bf16", "bf16_bf16"):
         getattr(loaded, f"rms_norm_{pair}").argtypes = [pointer] * 4 + [integer] * 2 + [ctypes.c_float]
         getattr(loaded, f"rms_norm_backward_{pair}").argtypes = [pointer] * 6 + [integer] * 2
+    for pair in ("f32_bf16", "bf16_f32"):
+        getattr(loaded, f"convert_{pair}").argtypes = [pointer] * 2 + [integer]
     loaded.count_sort.argtypes = [pointer, integer, integer] + [pointer] * 3
     loaded.count_sort.restype = integer
     return loaded
@@ -151,6 +154,18 @@ def combine(rows_ND: Tensor, slot_TK: Tensor) -> Tensor:
     call = getattr(library(), f"combine_{NAMES[rows_ND.dtype]}")
     call(rows_ND.data_ptr(), slot_TK.data_ptr(), y_TD.data_ptr(), *slot_TK.shape, rows_ND.shape[1])
     return y_TD
+
+
+def gather(x_TD: Tensor, index_N: Tensor, out_PD: Tensor) -> None:
+    """out[i] = x[index[i]] for the N indices, zeros in the remaining rows."""
+    call = getattr(library(), f"gather_{NAMES[x_TD.dtype]}")
+    call(x_TD.data_ptr(), index_N.data_ptr(), out_PD.data_ptr(), len(index_N), *out_PD.shape)
+
+
+def convert(x: Tensor, y: Tensor) -> None:
+    """y = x, from float32 to bfloat16 or back; both contiguous and of one size."""
+    call = getattr(library(), f"convert_{NAMES[x.dtype]}_{NAMES[y.dtype]}")
+    call(x.data_ptr(), y.data_ptr(), x.numel())
 
 
 def count_sort(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
