@@ -218,6 +218,31 @@ void cross_entropy(T* logits, const int64_t* target, float* losses, int64_t rows
   }
 }
 
+// Rows x[b, h, s] and y[b, h, s] of a tensor start at b, h, s times these many numbers.
+struct Strides {
+  int64_t b, h, s;
+};
+
+// Turn each pair (x[p], x[p + pairs]) by the angle of its position: y = (a cos - b sin, b cos + a sin).
+template <class T>
+void rotate(const T* x, Strides xs, const float* cosine, const float* sine, float direction, T* y, Strides ys,
+            int64_t batch, int64_t heads, int64_t positions, int64_t pairs) {
+#pragma omp parallel for collapse(3) schedule(static) if (batch * heads * positions * pairs > kSmall)
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t s = 0; s < positions; s++) {
+        const T* from = x + b * xs.b + h * xs.h + s * xs.s;
+        T* to = y + b * ys.b + h * ys.h + s * ys.s;
+        const float *c = cosine + s * pairs, *i = sine + s * pairs;
+#pragma omp simd
+        for (int64_t p = 0; p < pairs; p++) {
+          float first = load(from[p]), second = load(from[p + pairs]), turn = direction * i[p];
+          store(to + p, first * c[p] - second * turn);
+          store(to + p + pairs, second * c[p] + first * turn);
+        }
+      }
+}
+
 // The same numbers in the other type. On one thread up to kLarge: between two matrix products the other threads sleep,
 // and waking them takes longer than reading a megabyte.
 template <class X, class Y>
@@ -274,6 +299,10 @@ int64_t sort_by_expert(const int64_t* expert, int64_t assignments, int64_t exper
   }                                                                                                                   \
   void gather_##name(const T* x, const int64_t* index, T* out, int64_t n, int64_t padded, int64_t d) {                \
     gather(x, index, out, n, padded, d);                                                                              \
+  }                                                                                                                   \
+  void rotate_##name(const T* x, int64_t xb, int64_t xh, int64_t xs, const float* c, const float* s, float direction,   \
+                     T* y, int64_t yb, int64_t yh, int64_t ys, int64_t b, int64_t h, int64_t n, int64_t p) {          \
+    rotate(x, {xb, xh, xs}, c, s, direction, y, {yb, yh, ys}, b, h, n, p);                                            \
   }                                                                                                                   \
   void causal_softmax_##name(T* s, int64_t n, int64_t q, int64_t k, float scale) {                                    \
     causal_softmax(s, n, q, k, scale);                                                                                \

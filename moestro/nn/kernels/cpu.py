@@ -113,6 +113,9 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         getattr(loaded, f"swiglu_backward_{name}").argtypes = [pointer] * 6 + [integer] * 2
         getattr(loaded, f"combine_{name}").argtypes = [pointer] * 3 + [integer] * 3
         getattr(loaded, f"gather_{name}").argtypes = [pointer] * 3 + [integer] * 3
+        strided = [pointer] + [integer] * 3
+        turn: Any = [pointer, pointer, ctypes.c_float]
+        getattr(loaded, f"rotate_{name}").argtypes = strided + turn + strided + [integer] * 4
         getattr(loaded, f"causal_softmax_{name}").argtypes = [pointer] + [integer] * 3 + [ctypes.c_float]
         getattr(loaded, f"causal_softmax_backward_{name}").argtypes = [pointer] * 2 + [integer] * 3 + [ctypes.c_float]
         getattr(loaded, f"cross_entropy_{name}").argtypes = [pointer] * 3 + [integer] * 2 + [ctypes.c_float]
@@ -198,6 +201,13 @@ def rms_norm_backward(x_TD: Tensor, scale_D: Tensor, rstd_T: Tensor, d_y_TD: Ten
     tensors = (x_TD, scale_D, rstd_T, d_y_TD, d_x_TD, d_scale_D)
     call(*(tensor.data_ptr() for tensor in tensors), *x_TD.shape)
     return d_x_TD, d_scale_D
+
+
+def rotate(x_BHSR: Tensor, cos_SP: Tensor, sin_SP: Tensor, y_BHSR: Tensor, direction: float = 1.0) -> None:
+    """y = x with every pair turned by its position's angle, or back with direction -1; rows contiguous."""
+    call = getattr(library(), f"rotate_{NAMES[x_BHSR.dtype]}")
+    source, target = ((t.data_ptr(), *t.stride()[:3]) for t in (x_BHSR, y_BHSR))
+    call(*source, cos_SP.data_ptr(), sin_SP.data_ptr(), direction, *target, *x_BHSR.shape[:3], cos_SP.shape[1])
 
 
 def causal_softmax_(score_NQK: Tensor, scale: float) -> None:
