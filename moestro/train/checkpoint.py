@@ -47,7 +47,7 @@ class TrainingState:
 
 
 def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, state: TrainingState | None = None) -> None:
-    """Write a checkpoint whole or not at all; raises CheckpointError when the disk is full or lies."""
+    """Write a checkpoint whole or not at all; StorageError: the disk is full; CheckpointError: it lies."""
     with folder_aside(folder) as aside:
         (aside / "model.json").write_text(json.dumps(to_table(model.spec), indent=1))
         tokenizer.save(aside / "tokenizer.json")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moestro.core.errors import CheckpointError, ConfigError
+from moestro.core.errors import CheckpointError, ConfigError, StorageError
 from moestro.core.specs import ModelSpec, MoESpec
 from moestro.core.tokens import ByteTokenizer
 from moestro.nn.decoder import Decoder
@@ -91,7 +91,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"cannot be written: .*nothing was overwritten"):
+        with pytest.raises(StorageError, match=r"cannot be written: .*nothing was overwritten"):
             saved(tmp_path / "m")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
