@@ -11,7 +11,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from moestro import __version__
-from moestro.cli import doctor, evaluate, generate, report, resume, train
+from moestro.cli import doctor, evaluate, export_model, generate, import_model, report, resume, train
 from moestro.core.errors import Error
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app.command("resume")(resume.resume)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
+app.command("import")(import_model.import_model)
+app.command("export")(export_model.export_model)
 app.command("doctor")(doctor.doctor)
 
 

@@ -9,13 +9,15 @@
 Each checks itself; a recipe's `[model]` table is exactly one ModelSpec.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from moestro.core.config import STRICT
 from moestro.core.errors import ConfigError
 
 Rule = Literal["top1", "top2", "topk", "gap", "topp", "gshard", "null", "relu", "expert_choice", "quantile"]
+BUDGETED = ("gap", "topp", "relu", "expert_choice", "quantile")
+"""Rules whose mean experts per token is steered to RouterSpec.mean_experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,10 @@ class AttentionSpec:
     bias: bool = False
     window: int = 0
     """A token sees at most this many tokens including itself; 0 means all before it."""
+    window_layers: tuple[int, ...] = ()
+    """Layers (from 0) that have the window; empty means all, where there is one."""
+    clip: float = 0.0
+    """Queries, keys and values are limited to -clip..clip after their norm (OLMo); 0 does not limit."""
     rope: RopeSpec = field(default_factory=RopeSpec)
     q_rank: int = 0
     """mla: rank of compressed queries; 0 leaves queries uncompressed."""
@@ -93,11 +99,16 @@ class AttentionSpec:
                 f"model.attention.kind mla has kv_rank {self.kv_rank}, rope_head_dim {self.rope_head_dim}, "
                 f"head_dim {self.head_dim}; all three must be 1 or more"
             )
-        if min(self.window, self.memory_length, self.q_rank) < 0:
-            raise ConfigError("model.attention.window, memory_length and q_rank must be 0 or more")
-        if self.kind != "gqa" and (self.window or self.qk_norm != "none"):
+        if min(self.window, self.memory_length, self.q_rank, self.clip) < 0:
+            raise ConfigError("model.attention.window, memory_length, q_rank and clip must be 0 or more")
+        if self.kind != "gqa" and (self.window or self.clip or self.qk_norm != "none"):
             raise ConfigError(
-                f"model.attention.window and model.attention.qk_norm are for kind gqa, not {self.kind}; leave them out"
+                f"model.attention.window, clip and qk_norm are for kind gqa, not {self.kind}; leave them out"
+            )
+        if self.window_layers and not self.window:
+            raise ConfigError(
+                f"model.attention.window_layers is {list(self.window_layers)} but model.attention.window is 0; "
+                "set the window, or leave the layers out"
             )
 
     @property
@@ -113,14 +124,14 @@ class RouterSpec:
     __pydantic_config__ = STRICT
     rule: Rule = "gap"
     k: int = 2
-    """Experts per token: exactly for topk, at most for topp, drawn from real and null experts for null, on average
-    for relu, expert_choice and quantile."""
+    """Experts per token: exactly for topk, at most for topp, of real and null experts together for null."""
     mean_experts: float = 1.35
-    """gap and topp: the budget, mean experts per token that the threshold is steered to."""
+    """gap, topp, relu, expert_choice, quantile: the budget, mean experts per token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
-    weights: Literal["keep", "pair", "ramp", "renormalise"] = "keep"
+    weights: Literal["keep", "pair", "straight", "ramp", "renormalise"] = "keep"
     """keep: the raw score. pair: over the sum of the two best, taken or not. ramp: as pair, and the second expert fades
-    in from 0 at the threshold. renormalise: chosen sum to 1."""
+    in from 0 at the threshold. renormalise: chosen sum to 1. straight: the same in value, the sum a constant to the
+    gradient, so that a lone expert weighs 1 and its router still learns."""
     ramp_width: float = 0.5
     """ramp: share of the threshold over which the second expert's weight rises to its full value."""
     weight_scale: float = 1.0
@@ -134,11 +145,11 @@ class RouterSpec:
     """Group-limited routing: only experts of this many of the num_groups best groups may be chosen."""
     group_score: Literal["max", "top2_sum"] = "top2_sum"
     start_experts: float = 2.0
-    anneal_share: float = 0.1
+    anneal_share: float = 0.45
     """The budget starts at start_experts and moves to mean_experts over this share of the run's steps."""
-    threshold_decay: float = 0.95
+    threshold_decay: float = 0.9
     """Decay per step of the running quantile behind the threshold."""
-    integral_gain: float = 0.02
+    integral_gain: float = 0.05
     """Share of the budget's error that the threshold integrates per step."""
     aux_loss: float = 0.01
     """Weight of the load-balancing loss (Switch, Fedus 2021)."""
@@ -192,6 +203,11 @@ class RouterSpec:
     def always_single(self) -> bool:
         """True where a token may end up with one expert."""
         return self.rule in ("top1", "gap", "topp", "gshard", "null") or (self.rule == "topk" and self.k == 1)
+
+    @property
+    def expected_experts(self) -> float:
+        """Mean experts per token by the budget; for null, where real and null experts are equally popular."""
+        return self.mean_experts if self.rule in BUDGETED else float(self.max_experts)
 
     @property
     def max_experts(self) -> int:
@@ -273,9 +289,10 @@ class ModelSpec:
             )
         if attention.kind != "transformer_xl" and self.rotary_dim % 2:
             raise ConfigError(f"a head has {self.rotary_dim} rotary dimensions; rotary positions need an even number")
-        wrong = [layer for layer in self.dense_layers if not 0 <= layer < self.num_layers]
-        if wrong:
-            raise ConfigError(f"model.dense_layers has {wrong}; layers are 0..{self.num_layers - 1}")
+        for name, layers in (("dense_layers", self.dense_layers), ("attention.window_layers", attention.window_layers)):
+            wrong = [layer for layer in layers if not 0 <= layer < self.num_layers]
+            if wrong:
+                raise ConfigError(f"model.{name} has {wrong}; layers are 0..{self.num_layers - 1}")
         if self.dense_width < 1 and len(self.moe_layers) < self.num_layers:
             raise ConfigError(f"model.dense_width is {self.dense_width}; dense layers need it to be 1 or more")
 
@@ -288,6 +305,11 @@ class ModelSpec:
     def rotary_dim(self) -> int:
         """Width of the part of a head that is rotated."""
         return self.attention.rope_head_dim if self.attention.kind == "mla" else self.head_dim
+
+    def attention_at(self, layer: int) -> AttentionSpec:
+        """The attention of one layer: with the window only where it has one."""
+        windowed = layer in (self.attention.window_layers or range(self.num_layers))
+        return replace(self.attention, window=self.attention.window if windowed else 0, window_layers=())
 
     @property
     def moe_layers(self) -> list[int]:

@@ -45,6 +45,9 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, path: Path) -> None: ...
+    def library(self) -> "Library":
+        """The same tokens as an object of the `tokenizers` library, for other people's programs."""
+        ...
 
 
 class ByteTokenizer:
@@ -68,6 +71,17 @@ class ByteTokenizer:
     def save(self, path: Path) -> None:
         """Write tokenizer.json."""
         write_text(path, json.dumps({"moestro": "bytes"}))
+
+    def library(self) -> "Library":
+        """Byte-pair encoding without merges over the bytes' stand-ins, each at its byte's value."""
+        from tokenizers import Tokenizer as Library
+        from tokenizers import decoders, models, pre_tokenizers
+
+        library = Library(models.BPE(vocab=_byte_alphabet(), merges=[]))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        library.decoder = decoders.ByteLevel()
+        library.add_special_tokens([END])
+        return library
 
 
 class LibraryTokenizer:
@@ -96,6 +110,10 @@ class LibraryTokenizer:
     def save(self, path: Path) -> None:
         """Write tokenizer.json."""
         write_text(path, self._library.to_str(pretty=False))
+
+    def library(self) -> "Library":
+        """The one inside."""
+        return self._library
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

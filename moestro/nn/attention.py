@@ -73,7 +73,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         attention, head_dim = spec.attention, spec.head_dim
         self.num_heads, self.kv_heads, self.window = attention.num_heads, attention.kv_heads, attention.window
-        self.norm_rows = attention.qk_norm == "row"
+        self.norm_rows, self.clip = attention.qk_norm == "row", attention.clip
         q_width, kv_width = self.num_heads * head_dim, self.kv_heads * head_dim
         self.q = nn.Linear(spec.width, q_width, bias=attention.bias)
         self.k = nn.Linear(spec.width, kv_width, bias=attention.bias)
@@ -88,7 +88,7 @@ class GroupedQueryAttention(nn.Module):
         """x_BSD normalised; returns the same shape."""
         q_BHSC = self._heads(self.q(x_BSD), self.num_heads, self.q_norm)
         k_BGSC = self._heads(self.k(x_BSD), self.kv_heads, self.k_norm)
-        v_BGLC = heads(self.v(x_BSD), self.kv_heads)
+        v_BGLC = self._heads(self.v(x_BSD), self.kv_heads, None)
         angles = self.rotary.angles(cache.length if cache else 0, x_BSD.shape[1])
         q_BHSC, k_BGLC = self.rotary(q_BHSC, angles), self.rotary(k_BGSC, angles)
         if cache is not None:
@@ -97,10 +97,12 @@ class GroupedQueryAttention(nn.Module):
         return y_BSD
 
     def _heads(self, x_BSD: Tensor, num: int, norm: nn.Module | None) -> Tensor:
-        if norm is None:
-            return heads(x_BSD, num)
-        normed = norm(x_BSD).unflatten(-1, (num, -1)) if self.norm_rows else norm(x_BSD.unflatten(-1, (num, -1)))
-        return normed.transpose(1, 2)
+        if norm is not None and self.norm_rows:
+            x_BSD = norm(x_BSD)
+        x_BSHC = x_BSD.unflatten(-1, (num, -1))
+        if norm is not None and not self.norm_rows:
+            x_BSHC = norm(x_BSHC)
+        return (x_BSHC.clamp(-self.clip, self.clip) if self.clip else x_BSHC).transpose(1, 2)
 
 
 class LatentAttention(nn.Module):

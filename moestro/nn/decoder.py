@@ -8,7 +8,7 @@ Dimension key:  B sequences   S positions   D width   V vocabulary
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Block(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(spec.width, spec.norm_eps)
-        self.attention = ATTENTION[spec.attention.kind](spec)
+        self.attention = ATTENTION[spec.attention.kind](replace(spec, attention=spec.attention_at(layer)))
         self.feed_forward_norm = RMSNorm(spec.width, spec.norm_eps)
         sparse = spec.moe is not None and layer in spec.moe_layers
         self.feed_forward: nn.Module = (
@@ -166,7 +166,6 @@ def parameter_counts(model: nn.Module, spec: ModelSpec) -> tuple[int, float]:
     total = sum(parameter.numel() for parameter in model.parameters())
     if spec.moe is None:
         return total, float(total)
-    router = spec.moe.router
-    used = router.mean_experts if router.rule in ("gap", "topp") else float(router.max_experts)
+    used = spec.moe.router.expected_experts
     own = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
     return total, total - own * (1 - min(used / spec.moe.num_experts, 1.0))

@@ -124,8 +124,8 @@ class Router(nn.Module):
             scores = self.scores(x_TD.float())
             choice, cutoff_E = self._choose(scores)
             record = self._record(scores, choice, cutoff_E, sequences)
-            if self.spec.weights == "renormalise":
-                choice = rules.renormalised(choice)
+            if self.spec.weights in ("renormalise", "straight"):
+                choice = rules.renormalised(choice, straight=self.spec.weights == "straight")
         if self.spec.weight_scale != 1.0:
             choice = Choice(choice.expert_TK, choice.weight_TK * self.spec.weight_scale, choice.decision_TJ)
         return choice, record
@@ -159,12 +159,12 @@ class Router(nn.Module):
                 weight_TE = scores.logit_TE.relu()
                 return rules.by_mask(weight_TE > 0, weight_TE), None
             case "expert_choice":
-                taken_TE, cutoff_E = rules.best_tokens(scores.select_TE, spec.k)
+                taken_TE, cutoff_E = rules.best_tokens(scores.select_TE, spec.mean_experts)
                 if not self.training:  # a token's experts may not depend on later tokens
                     taken_TE = scores.select_TE >= self.cutoff_E
                 return rules.by_mask(taken_TE, scores.score_TE), cutoff_E
             case "quantile":
-                share = max(1 - spec.k / self.num_experts, 0.0)
+                share = max(1 - spec.mean_experts / self.num_experts, 0.0)
                 wanted_E = torch.quantile(scores.select_TE, share, dim=0) if self.training else None
                 return rules.by_mask(scores.select_TE > self.cutoff_E, scores.score_TE), wanted_E
 
@@ -201,7 +201,7 @@ class Router(nn.Module):
     def _loss(self, scores: Scores, choice: Choice, balance: Tensor, count_E: Tensor) -> Tensor:
         spec = self.spec
         if spec.rule == "relu":
-            return self.l1 * losses.sparsity_loss(choice.weight_TK, count_E, spec.k)
+            return self.l1 * losses.sparsity_loss(choice.weight_TK, count_E, spec.mean_experts)
         loss = spec.aux_loss * balance
         return loss + spec.z_loss * losses.z_loss(scores.logit_TE) if spec.z_loss else loss
 
@@ -209,8 +209,7 @@ class Router(nn.Module):
     def _solved_bias(self, scores: Scores) -> Tensor | None:
         if self.spec.selection_bias != "quantile":
             return None
-        mean = self.spec.mean_experts if self.steered else self.spec.max_experts
-        return balancing_bias(scores.score_TE, mean)
+        return balancing_bias(scores.score_TE, self.spec.expected_experts)
 
     @torch.no_grad()
     def update(self, record: RoutingRecord, progress: float) -> None:
@@ -233,7 +232,7 @@ class Router(nn.Module):
         if record.cutoff_E is not None:
             self.cutoff_E.lerp_(record.cutoff_E, 1 - decay)
         if spec.rule == "relu":
-            self.l1 *= L1_STEP if record.mean_experts > spec.k else 1 / L1_STEP
+            self.l1 *= L1_STEP if record.mean_experts > spec.mean_experts else 1 / L1_STEP
         self.updates += 1
 
     def forget_step(self) -> None:

@@ -54,9 +54,13 @@ def top_k(scores: Scores, k: int) -> Choice:
     return Choice(expert_TK, scores.score_TE.gather(1, expert_TK))
 
 
-def renormalised(choice: Choice) -> Choice:
-    """Weights of every token divided by their sum."""
+def renormalised(choice: Choice, straight: bool = False) -> Choice:
+    """Weights of every token divided by their sum.
+
+    straight   the sum counts as a constant: a lone expert weighs 1 and its score still gets a gradient
+    """
     total_T1 = choice.weight_TK.sum(-1, keepdim=True)
+    total_T1 = total_T1.detach() if straight else total_T1
     return Choice(choice.expert_TK, choice.weight_TK / (total_T1 + 1e-20), choice.decision_TJ)
 
 
@@ -73,7 +77,7 @@ def gap(scores: Scores, threshold: Tensor, softmax: bool, weights: str, ramp_wid
     score_T2 = scores.score_TE.gather(1, expert_T2)
     gap_T = pair_gap(scores.logit_TE.gather(1, expert_T2) if softmax else score_T2, softmax)
     second_T = gap_T.detach() <= threshold
-    if weights != "keep":
+    if weights in ("pair", "ramp"):
         score_T2 = score_T2 / (score_T2.sum(-1, keepdim=True) + 1e-20)
     second_weight_T = score_T2[:, 1] * second_T
     if weights == "ramp":

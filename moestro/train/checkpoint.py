@@ -3,12 +3,13 @@
     checkpoint/model.json             the ModelSpec
                model.safetensors      weights, and the router's buffers: thresholds, biases
                tokenizer.json
+               origin.json            where an imported model came from         (imported models only)
                optimizer.safetensors  moments by parameter name     (a run's checkpoints only)
                state.safetensors      random state, recurrent memory (a run's checkpoints only)
                manifest.json          step, and the SHA-256 of every other file
 
-An imported model has the same form without the optimiser. Writing goes aside, is read back and compared, flushed, and
-renamed; older checkpoints are deleted only after that.
+An imported model has the same form without the optimiser (`train/import_folder.py`). Writing goes aside, is read back
+and compared, flushed, and renamed; older checkpoints are deleted only after that.
 """
 
 import json
@@ -33,6 +34,7 @@ from moestro.nn.decoder import Decoder
 from moestro.train.run_folder import RunFolder
 
 FORMAT = "moestro-checkpoint-1"
+ORIGIN = "origin.json"
 Tensors = dict[str, Tensor]
 
 
@@ -46,9 +48,17 @@ class TrainingState:
     other: Tensors = field(default_factory=dict)
 
 
-def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, state: TrainingState | None = None) -> None:
+def save_model(
+    folder: Path,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    state: TrainingState | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> None:
     """Write a checkpoint whole or not at all; StorageError: the disk is full; CheckpointError: it lies."""
     with folder_aside(folder) as aside:
+        if origin is not None:
+            (aside / ORIGIN).write_text(json.dumps(origin, indent=1))
         (aside / "model.json").write_text(json.dumps(to_table(model.spec), indent=1))
         tokenizer.save(aside / "tokenizer.json")
         parts = {"model": dict(model.state_dict())}

@@ -1,7 +1,7 @@
 """`core.files`: a file or folder is whole under its name or not there, and what was there stays on failure."""
 
-import resource
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -9,17 +9,7 @@ import pytest
 from moestro.core.errors import StorageError
 from moestro.core.files import folder_aside, write_text
 
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """The system refuses to let a file grow beyond 1 KiB, as a full disk would."""
-    import signal
-
-    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    signal.signal(signal.SIGXFSZ, handler)
+FullDisk = Callable[[int], AbstractContextManager[None]]
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -27,20 +17,21 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["note.txt"]
 
 
-def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, small_files: None) -> None:
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, full_disk: FullDisk) -> None:
     target = tmp_path / "note.txt"
     write_text(target, "old")
-    with pytest.raises(StorageError, match=r"note\.txt cannot be written: File too large .*nothing was overwritten"):
+    said = r"note\.txt cannot be written: File too large .*nothing was overwritten"
+    with pytest.raises(StorageError, match=said), full_disk(1024):
         write_text(target, "x" * 5000)
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
-def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, small_files: None) -> None:
+def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, full_disk: FullDisk) -> None:
     target = tmp_path / "model"
     with folder_aside(target) as aside:
         (aside / "weights").write_text("old")
-    with pytest.raises(StorageError, match="free some space"), folder_aside(target) as aside:
+    with pytest.raises(StorageError, match="free some space"), full_disk(1024), folder_aside(target) as aside:
         (aside / "weights").write_text("x" * 5000)
     assert (target / "weights").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -21,6 +21,9 @@ MOE = {"num_experts": 4, "expert_width": 8}
         ({"dense_layers": [5]}, r"dense_layers has \[5\]; layers are 0..1"),
         ({"dense_layers": [0]}, r"dense_width is 0; dense layers need it"),
         ({"moe": None}, r"dense_width is 0"),
+        ({"attention": {"window_layers": [0]}}, r"window_layers is \[0\] but model.attention.window is 0"),
+        ({"attention": {"window": 8, "window_layers": [2]}}, r"attention.window_layers has \[2\]; layers are 0..1"),
+        ({"attention": {"clip": -1}}, r"q_rank and clip must be 0 or more"),
         (
             {"moe": MOE | {"router": {"rule": "topk", "k": 5}}},
             r"takes 5 experts per token but model.moe.num_experts is 4",

@@ -25,6 +25,16 @@ def test_text_survives_and_bytes_add_up(tokenizer: Tokenizer, tmp_path: Path) ->
     assert (again.vocab_size, again.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
 
 
+def test_the_library_has_the_same_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    library = tokenizer.library()
+    assert library.encode(TEXT).ids == tokenizer.encode(TEXT).tolist()
+    assert library.decode(tokenizer.encode(TEXT).tolist()) == TEXT
+    library.save(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert again.token_bytes() == tokenizer.token_bytes()
+    assert (again.vocab_size, again.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
+
+
 def test_the_end_token_stands_for_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.end_id is not None
     assert tokenizer.token_bytes()[tokenizer.end_id] == b""

@@ -1,5 +1,6 @@
 """Attention: what a token sees, and that generating token by token sees the same."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from moestro.core.specs import AttentionSpec, ModelSpec, RopeSpec
 from moestro.nn.attention import Cache, GroupedQueryAttention, LatentAttention, attend
+from moestro.nn.decoder import Decoder
 from moestro.nn.norms import RMSNorm
 from moestro.nn.recurrence import RecurrentAttention, shift_relative, sinusoids
 from moestro.nn.rope import Rotary
@@ -61,6 +63,23 @@ def test_a_window_hides_what_is_further_back() -> None:
     y = attend(q, k, v, window=2)  # equal scores: the mean of what is seen
     assert y[0, 0, 5].tolist() == [0, 0, 0, 0, 0.5, 0.5]
     assert y[0, 0, 0].tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_only_named_layers_have_the_window() -> None:
+    two = replace(spec(), num_layers=2, vocab_size=4, attention=AttentionSpec(window=3, window_layers=(1,)))
+    assert [block.attention.window for block in Decoder(two).blocks] == [0, 3]
+    assert [spec(window=3).attention_at(0).window, spec().attention_at(0).window] == [3, 0]
+
+
+def test_a_clip_limits_queries_keys_and_values() -> None:
+    torch.manual_seed(0)
+    limited = GroupedQueryAttention(spec(clip=0.5, num_kv_heads=2))
+    seen = [limited._heads(torch.randn(1, 3, 32), 4, None).abs().max().item() for _ in range(3)]
+    assert seen == [0.5] * 3
+    free = GroupedQueryAttention(spec(num_kv_heads=2))
+    free.load_state_dict(limited.state_dict())
+    x = 10 * torch.randn(1, 3, 32)
+    assert not torch.allclose(limited(x), free(x))
 
 
 def test_query_groups_share_a_key_head() -> None:

@@ -128,13 +128,13 @@ def test_balancing_bias_evens_a_hand_made_case() -> None:
 
 
 def test_quantile_gives_every_expert_its_share() -> None:
-    records = run_steps(lopsided("quantile", k=2), 60)
+    records = run_steps(lopsided("quantile", mean_experts=2.0), 60)
     assert spread(merge(records[-10:])) < 1.1
     assert records[-1].mean_experts == pytest.approx(2, abs=0.1)
 
 
 def test_relu_sparsity_follows_the_budget() -> None:
-    made = router("relu", k=2)
+    made = router("relu", mean_experts=2.0)
     records = [
         RoutingRecord(torch.full((8,), 8.0 * mean), 64, *[torch.zeros(())] * 3, torch.zeros(64)) for mean in (4, 4, 1)
     ]

@@ -1,9 +1,8 @@
 """Checkpoints are whole, checked and plain; what is damaged, foreign or does not fit is refused by name."""
 
 import json
-import resource
-import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -85,17 +84,14 @@ def test_no_code_is_stored(tmp_path: Path) -> None:
     json.loads((tmp_path / "m" / "manifest.json").read_text())
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_checkpoint(
+    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
     saved(tmp_path / "m")
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
-    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
-    try:
-        with pytest.raises(StorageError, match=r"cannot be written: .*nothing was overwritten"):
-            saved(tmp_path / "m")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
+    said = r"cannot be written: .*nothing was overwritten"
+    with pytest.raises(StorageError, match=said), full_disk(4096):
+        saved(tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 

@@ -225,10 +225,12 @@ def test_a_thousand_steps_stay_a_small_file(make_recipe: MakeRecipe) -> None:
 
 def test_the_budget_falls_from_its_start_to_its_target(make_recipe: MakeRecipe) -> None:
     run = made_up(make_recipe, layers=1, experts=4, steps=20)
+    assert run.recipe.model.moe
+    assert run.recipe.model.moe.router.anneal_share == 0.45
     (budget,) = report_charts._target(run)
     wanted = dict(zip(np.asarray(budget.x).tolist(), budget.y, strict=True))  # type: ignore[call-overload]
-    assert wanted[1] == pytest.approx(2 - 0.65 / 2)  # half of the first tenth of 20 steps
-    assert wanted[2] == wanted[20] == 1.35
+    assert wanted[1] == pytest.approx(2 - 0.65 / 9)
+    assert wanted[8] > wanted[9] == wanted[20] == 1.35
 
 
 def test_picked_layers_are_spread_and_include_both_ends() -> None:
