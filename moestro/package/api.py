@@ -2,6 +2,7 @@
 
     pack(model, out) -> Packed                   unpack(package, out)           verify(package) -> Findings
     open_package(package) -> Package             package.weights().array("w")   one tensor, verified
+    encrypt(package, out, [key.pub])             decrypt(package, out, keys)
     sign_package(package, key)                   Trust.load([key.pub])          Keys([load_receiving(key)])
 
 A package is a folder; `Package.manifest` names every file with its size and digest, which is all that shipping needs.
@@ -13,6 +14,7 @@ from moestro.package.folder import Findings, Package
 from moestro.package.keys import load_receiving, load_recipient, load_signing, new_key, save_pair
 from moestro.package.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update
 from moestro.package.pack import Options, Packed, pack, sign_package, unpack, verify
+from moestro.package.reseal import decrypt, encrypt
 from moestro.package.sign import Trust
 from moestro.package.weights import Weights
 
@@ -35,6 +37,8 @@ __all__ = [
     "Trust",
     "Update",
     "Weights",
+    "decrypt",
+    "encrypt",
     "load_receiving",
     "load_recipient",
     "load_signing",
