@@ -21,6 +21,7 @@ from moestro.cli import (
     generate,
     import_model,
     inspect_package,
+    oci,
     pack,
     report,
     resume,
@@ -54,6 +55,8 @@ app.command("sign")(sign.sign)
 app.command("keygen")(sign.keygen)
 app.command("encrypt")(encrypt.encrypt)
 app.command("decrypt")(encrypt.decrypt)
+app.command("to-oci")(oci.to_oci)
+app.command("from-oci")(oci.from_oci)
 app.command("doctor")(doctor.doctor)
 
 
