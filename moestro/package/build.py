@@ -19,6 +19,7 @@ from moestro.core.files import folder_aside
 from moestro.package import canonical
 from moestro.package.describe import dumps
 from moestro.package.descriptor import Shard, weights_root
+from moestro.package.encrypt import Sealer
 from moestro.package.fields import DATE
 from moestro.package.hashing import SIZE, check_hash, digest, tree_root
 from moestro.package.layout import SUFFIX
@@ -26,7 +27,7 @@ from moestro.package.limits import CHUNK_BYTES, MAX_JSON_INT
 from moestro.package.manifest import CHUNKS, MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update, sorted_files
 from moestro.package.paths import check_model_id, list_below
 from moestro.package.sink import file_leaves
-from moestro.package.writer import ModelSource, Seal, TensorSource, WrittenFile, write_model_file
+from moestro.package.writer import ModelSource, TensorSource, WrittenFile, write_model_file
 
 EPOCH = "1970-01-01T00:00:00Z"
 """created_at unless the user or SOURCE_DATE_EPOCH says otherwise: the same package twice has the same bytes."""
@@ -78,7 +79,7 @@ def build(
     contents: Sequence[Content],
     release: Release,
     program: Path | None = None,
-    seal: Callable[[str], Seal] | None = None,
+    seal: Callable[[str], Sealer] | None = None,
     envelope: Callable[[bytes], bytes | None] | None = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
@@ -111,7 +112,7 @@ class _Builder:
         self.root, self.release = root, release
         self.files: list[FileEntry] = []
 
-    def add_model(self, content: Content, seal: Callable[[str], Seal] | None) -> ModelEntry:
+    def add_model(self, content: Content, seal: Callable[[str], Sealer] | None) -> ModelEntry:
         shards = content.shards
         model_id = shards[0].model_id
         folder = self.root / "Model" / model_id

@@ -18,16 +18,17 @@ from typing import Any
 from moestro.core.errors import ConfigError, FormatError, IntegrityError, UnsafePath
 from moestro.core.files import folder_aside
 from moestro.package import canonical
+from moestro.package.bulk import write_all
 from moestro.package.fields import Fields
 from moestro.package.folder import Package
 from moestro.package.limits import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, MAX_MANIFEST_FILES
 from moestro.package.manifest import MANIFEST, SIGNATURE
 from moestro.package.paths import check_paths, create_below, open_below, open_folder
-from moestro.package.sink import READ_BYTES, write_all
 from moestro.package.spans import Progress, ignore
 
 Table = dict[str, Any]
 PREFIX = "application/vnd.cncf.model."
+READ_BYTES = 4 << 20
 ARTIFACT = PREFIX + "manifest.v1+json"
 CONFIG = PREFIX + "config.v1+json"
 IMAGE_MANIFEST = "application/vnd.oci.image.manifest.v1+json"

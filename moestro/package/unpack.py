@@ -12,10 +12,10 @@ from typing import Any
 
 from moestro.core.errors import ConversionError
 from moestro.package import canonical
+from moestro.package.bulk import write_all
 from moestro.package.fields import Fields
 from moestro.package.paths import check_path, check_paths, create_below, open_folder
 from moestro.package.safetensors import Header, plain_header
-from moestro.package.sink import write_all
 from moestro.package.sources import SCHEMA, SOURCE
 from moestro.package.spans import Progress, ignore
 from moestro.package.weights import Weights

@@ -27,6 +27,7 @@ from moestro.package.api import (
 )
 from moestro.package.encrypt import (
     Opened,
+    Place,
     Recipient,
     Sealer,
     _cipher,
@@ -36,6 +37,7 @@ from moestro.package.encrypt import (
     nonce_of,
     stored_bytes,
 )
+from moestro.package.hashing import leaf_hashes
 from moestro.package.limits import CHUNK_BYTES
 from moestro.package.reader import ModelFile
 from moestro.package.reseal import decrypt, encrypt
@@ -129,9 +131,11 @@ def sealed(tmp_path: Path, plain: bytes) -> tuple[bytes, dict[str, object], Keys
     to, keys = receiver(tmp_path, "kek")
     sealer = Sealer([to], "demo", dek=DEK, salt=SALT)
     with (tmp_path / "c").open("wb") as file:
-        stream = sealer.stream(file.fileno(), tmp_path / "c", 0, 64)
+        stream = sealer.stream(Place(file.fileno(), tmp_path / "c", 0, "sha256"), 64)
         stream.write(plain[64:])
-        assert stream.close(plain[:64]) == stored_bytes(len(plain))
+        length, leaves = stream.close(plain[:64])
+    assert length == stored_bytes(len(plain))
+    assert leaves == leaf_hashes("sha256", (tmp_path / "c").read_bytes(), CHUNK_BYTES)
     return (tmp_path / "c").read_bytes(), sealer.envelope(len(plain)), keys
 
 
