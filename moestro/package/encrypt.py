@@ -39,8 +39,8 @@ FAILED = "decryption failed: wrong key, or the encrypted bytes were changed"
 class Cipher(Protocol):
     """An authenticated cipher with 12-byte nonces and 16-byte tags."""
 
-    def encrypt(self, nonce: bytes, data: Buffer, associated: bytes) -> bytes: ...
-    def decrypt(self, nonce: bytes, data: Buffer, associated: bytes) -> bytes: ...
+    def encrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer) -> int: ...
+    def decrypt(self, nonce: bytes, data: Buffer, associated_data: bytes) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +103,17 @@ class _Sm4:
         except UnsupportedAlgorithm as error:
             raise UnsupportedVersion("suite is SM4GCM, which this machine's OpenSSL lacks; use A256GCM") from error
 
-    def encrypt(self, nonce: bytes, data: Buffer, associated: bytes) -> bytes:
+    def encrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer) -> int:
         run = self._mode(nonce).encryptor()
-        run.authenticate_additional_data(associated)
-        return run.update(data) + run.finalize() + run.tag
+        run.authenticate_additional_data(associated_data)
+        sealed = run.update(data) + run.finalize() + run.tag
+        memoryview(buf)[:] = sealed
+        return len(sealed)
 
-    def decrypt(self, nonce: bytes, data: Buffer, associated: bytes) -> bytes:
+    def decrypt(self, nonce: bytes, data: Buffer, associated_data: bytes) -> bytes:
         view = memoryview(data)
         run = self._mode(nonce, bytes(view[-TAG_BYTES:])).decryptor()
-        run.authenticate_additional_data(associated)
+        run.authenticate_additional_data(associated_data)
         return run.update(view[:-TAG_BYTES]) + run.finalize()
 
 
@@ -179,6 +181,7 @@ class Sealer:
         self.recipients = wrapped_for(recipients, self.dek, model_id)
         self.associated = associated_data(suite, self.salt, model_id)
         self.cipher = _cipher(suite, derive(self.dek, self.salt, b"PTMF/1 payload", SUITES[suite]))
+        self._out = memoryview(bytearray(CHUNK_BYTES + TAG_BYTES))
 
     def envelope(self, plain_length: int) -> dict[str, Any]:
         """The descriptor's `encryption`."""
@@ -190,9 +193,11 @@ class Sealer:
         """A sink for the plaintext after the first `head_bytes`."""
         return EncryptingStream(self, place, head_bytes)
 
-    def seal(self, index: int, chunk: Buffer, last: bool) -> bytes:
-        """One chunk and its tag."""
-        return self.cipher.encrypt(nonce_of(index, last), chunk, self.associated)
+    def seal(self, index: int, chunk: Buffer, last: bool) -> memoryview:
+        """One chunk and its tag; valid until the next call."""
+        sealed = self._out[: len(chunk) + TAG_BYTES]
+        self.cipher.encrypt_into(nonce_of(index, last), chunk, self.associated, sealed)
+        return sealed
 
 
 class EncryptingStream:
@@ -260,7 +265,7 @@ class EncryptingStream:
         return stored_bytes(len(head) + self.length), leaf_hashes(place.hash, front, CHUNK_BYTES) + leaves
 
     def _seal(self, chunk: Buffer, last: bool) -> None:
-        sealed = memoryview(self.sealer.seal(self._next, chunk, last))
+        sealed = self.sealer.seal(self._next, chunk, last)
         self._next += 1
         room = self._edge_room - len(self._edge)
         self._edge += sealed[:room]
