@@ -38,7 +38,7 @@ from moestro.package.spans import Bytes
 Row = dict[str, Any]
 BF16 = DATA_TYPES["bfloat16"]
 TENSOR_BYTES = 8 << 20
-QUANTIZE_BITS = (2.7, 1.05, 0.5)
+QUANTIZE_BITS = (2.75, 2.0, 1.0)
 
 
 class Clock:

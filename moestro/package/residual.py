@@ -18,9 +18,8 @@ import numpy as np
 
 from moestro.core.errors import ConfigError, FormatError, LimitExceeded, SignatureError
 from moestro.package.build import Content, build
-from moestro.package.codecs.choose import Coding, best, sample
-from moestro.package.codecs.differences import suits
-from moestro.package.codecs.lossy import Loss, Lossy
+from moestro.package.codecs.choose import Coding, best
+from moestro.package.codecs.lossy import Loss, Lossy, quantisable
 from moestro.package.codecs.numbers import to_float32
 from moestro.package.codecs.registry import decoded
 from moestro.package.describe import check_management, check_technical
@@ -37,6 +36,8 @@ from moestro.package.writer import ModelSource, SegmentSource, TensorSource, spa
 
 RESULT_SIGNATURE = "Meta-info/result.sig"
 """The target's manifest.sig, in an update that leads to exactly the target."""
+SAMPLED_ROWS = 128
+"""Of each tensor, to find the step of a quantised update."""
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ def diff(
     """Write the update that leads from a base to a target.
 
     base   a full package, then updates on it in order
-    bits   quantise changes to so many bits a weight; None keeps every bit
+    bits   quantise changes to so many bits a weight, 1 or 1.5 to 7; None keeps every bit
     to     encrypt the update for these
     raises FormatError where the two share no model, LimitExceeded for a chain above 64
     """
@@ -218,16 +219,19 @@ def _ordered(weights: Weights) -> list[str]:
 
 
 def _changes(below: Weights, weights: Weights) -> Iterator[np.ndarray]:
-    """Sampled differences of every float tensor that both models have and that changed."""
+    """Some rows of the differences of every tensor that may be quantised."""
     for name in _ordered(weights):
         entry, former = weights.entries[name], below.entries.get(name)
-        if former is None or former.digest == entry.digest or not suits(entry.dtype):
+        if former is None or former.digest == entry.digest or not quantisable(entry):
             continue
-        if (former.dtype, former.shape) == (entry.dtype, entry.shape) and entry.num_bytes:
+        if (former.dtype, former.shape) == (entry.dtype, entry.shape):
+            row = entry.shape[-1] * entry.dtype.item_bytes
+            step = max(entry.num_bytes // row // SAMPLED_ROWS, 1) * row
             old, new = (
-                to_float32(memoryview(d), entry.dtype) for d in sample(entry, below.span(name), weights.span(name))
+                to_float32(memoryview(b"".join(span.read(at, row) for at in range(0, span.length, step))), entry.dtype)
+                for span in (below.span(name), weights.span(name))
             )
-            change = new - old
+            change = (new - old).reshape(-1, entry.shape[-1])
             if np.isfinite(change).all():
                 yield change
 

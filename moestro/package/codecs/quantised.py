@@ -41,38 +41,30 @@ def quantise(delta: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
     return np.clip(np.nan_to_num(codes), -most, most).astype(np.int8)
 
 
-DEAD_ZONE = 0.6
-"""Differences below this many steps become zero; 0.5 would be plain rounding."""
-
-
-def dead_zone(delta: np.ndarray, step: np.float32) -> np.ndarray:
-    """int8 codes by an even quantiser with a wider zero; the encoder's choice, unknown to decoders."""
-    size = np.abs(delta) / step
-    codes = np.minimum(np.floor(size + np.float32(1 - DEAD_ZONE)), 127)
-    return np.copysign(codes, delta).astype(np.int8)
-
-
 class Quantised:
     """The codec; encoding needs scales, which the caller chooses for a rate or an error.
 
-    step   where given, codes come from `dead_zone` with this step; else by rounding delta / scale
+    codes   int8 for every element, where the caller has chosen them too; else they come from rounding
     """
 
     name = "qres"
 
-    def __init__(self, scales: np.ndarray | None = None, step: np.float32 | None = None) -> None:
-        self.scales, self.step = scales, step
+    def __init__(self, scales: np.ndarray | None = None, codes: np.ndarray | None = None) -> None:
+        self.scales, self.codes = scales, codes
 
     def encode(self, tensor: TensorEntry, target: Span, base: Span | None) -> Iterator[bytes]:
         """The stored form, block by block; decoding gives B', not the target."""
         assert base is not None
         assert self.scales is not None
-        scales, step, bits, group = self.scales, self.step, int(tensor.cp["bits"]), int(tensor.cp["group"])
+        scales, given, bits, group = self.scales, self.codes, int(tensor.cp["bits"]), int(tensor.cp["group"])
 
         def pack(old: memoryview, new: memoryview, start: int) -> bytes:
-            delta = to_float32(new, tensor.dtype) - to_float32(old, tensor.dtype)
-            scale = per_element(scales, group, start // tensor.dtype.item_bytes, len(delta))
-            codes = quantise(delta, scale, bits) if step is None else dead_zone(delta, step)
+            first, count = start // tensor.dtype.item_bytes, len(old) // tensor.dtype.item_bytes
+            if given is None:
+                delta = to_float32(new, tensor.dtype) - to_float32(old, tensor.dtype)
+                codes = quantise(delta, per_element(scales, group, first, count), bits)
+            else:
+                codes = given[first : first + count]
             symbols = (codes.astype(np.int16) + OFFSET).astype(np.uint8)
             return contextual.pack(symbols, contextual.exponents(old, tensor.dtype))
 
