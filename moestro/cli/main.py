@@ -11,7 +11,25 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from moestro import __version__
-from moestro.cli import doctor, evaluate, export_model, generate, import_model, report, resume, train
+from moestro.cli import (
+    apply,
+    diff,
+    doctor,
+    encrypt,
+    evaluate,
+    export_model,
+    generate,
+    import_model,
+    inspect_package,
+    oci,
+    pack,
+    report,
+    resume,
+    sign,
+    train,
+    unpack,
+    verify,
+)
 from moestro.core.errors import Error
 
 app = typer.Typer(
@@ -27,6 +45,18 @@ app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("import")(import_model.import_model)
 app.command("export")(export_model.export_model)
+app.command("pack")(pack.pack)
+app.command("inspect")(inspect_package.inspect)
+app.command("verify")(verify.verify)
+app.command("unpack")(unpack.unpack)
+app.command("diff")(diff.diff)
+app.command("apply")(apply.apply)
+app.command("sign")(sign.sign)
+app.command("keygen")(sign.keygen)
+app.command("encrypt")(encrypt.encrypt)
+app.command("decrypt")(encrypt.decrypt)
+app.command("to-oci")(oci.to_oci)
+app.command("from-oci")(oci.from_oci)
 app.command("doctor")(doctor.doctor)
 
 

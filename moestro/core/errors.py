@@ -1,11 +1,27 @@
 """What can go wrong on purpose. Every message names the setting, its value, the bound and the remedy, in one line.
 
 * Error
-  - ConfigError      a value in a recipe or spec is wrong
-  - DataError        a corpus is missing, empty or not text
-  - CheckpointError  a checkpoint is damaged, foreign, or cannot be written
-  - FamilyError      another project's model cannot be read or written without loss
-  - TrainingError    training cannot go on
+  - ConfigError          a value in a recipe or spec is wrong
+  - DataError            a corpus is missing, empty or not text
+  - StorageError         the disk is full or refuses
+  - CheckpointError      a checkpoint is damaged or foreign
+  - FamilyError          another project's model cannot be read or written without loss
+  - TrainingError        training cannot go on
+  - PackageError         a package cannot be trusted or used
+    - FormatError        bytes break a rule of the format
+    - LimitExceeded      a size, count or depth is above a limit of the format
+    - UnsupportedVersion written by a newer version, or needs an option this machine lacks
+    - IntegrityError     bytes are not those the digest promises
+    - SignatureError     no valid signature by a trusted key
+    - RollbackError      older than what is installed, or expired
+    - DecryptionError    wrong key, or the encrypted bytes were changed
+    - BaseMismatch       an update for another base
+    - UnsafePath         a path that leaves its folder or means different files on different machines
+    - ConversionError    a model cannot be packed or unpacked without loss
+  - ShipError            a package cannot be moved
+    - AccessError        token missing, expired, foreign or without the right
+    - RefusalError       the store says no: unknown, exists already, too large, too often
+    - TransferError      the network or the other side fails, after all retries
 """
 
 
@@ -21,8 +37,12 @@ class DataError(Error):
     """A corpus is missing, empty or not text."""
 
 
+class StorageError(Error):
+    """The disk is full or refuses."""
+
+
 class CheckpointError(Error):
-    """A checkpoint is damaged, foreign, or cannot be written."""
+    """A checkpoint is damaged or foreign."""
 
 
 class FamilyError(Error):
@@ -31,3 +51,75 @@ class FamilyError(Error):
 
 class TrainingError(Error):
     """Training cannot go on."""
+
+
+class PackageError(Error):
+    """A package cannot be trusted or used."""
+
+
+class FormatError(PackageError):
+    """Bytes break a rule of the format."""
+
+    def __init__(self, rule: str, offset: int | None = None, where: str = "") -> None:
+        """`rule` is the broken rule in words, `offset` the place in bytes, `where` the file or part."""
+        self.rule, self.offset, self.where = rule, offset, where
+        place = "" if offset is None else f" at byte {offset}"
+        super().__init__(f"{where or 'package'}{place}: {rule}")
+
+
+class LimitExceeded(PackageError):
+    """A size, count or depth is above a limit of the format."""
+
+
+class UnsupportedVersion(PackageError):
+    """Written by a newer version, or needs an option this machine lacks."""
+
+
+class IntegrityError(PackageError):
+    """Bytes are not those the digest promises."""
+
+    def __init__(self, path: str, what: str, chunk: int | None = None) -> None:
+        """`path` is the file or tensor, `what` differs, `chunk` the first bad piece of 1 MiB."""
+        self.path, self.chunk = path, chunk
+        place = "" if chunk is None else f", chunk {chunk}"
+        super().__init__(f"{path}{place}: {what}; fetch it again")
+
+
+class SignatureError(PackageError):
+    """No valid signature by a trusted key."""
+
+
+class RollbackError(PackageError):
+    """Older than what is installed, or expired."""
+
+
+class DecryptionError(PackageError):
+    """Wrong key, or the encrypted bytes were changed; deliberately does not say which."""
+
+
+class BaseMismatch(PackageError):
+    """An update for another base."""
+
+
+class UnsafePath(PackageError):
+    """A path that leaves its folder or means different files on different machines."""
+
+
+class ConversionError(PackageError):
+    """A model cannot be packed or unpacked without loss."""
+
+
+class ShipError(Error):
+    """A package cannot be moved."""
+
+
+class AccessError(ShipError):
+    """Token missing, expired, foreign or without the right."""
+
+
+class RefusalError(ShipError):
+    """The store says no: unknown, exists already, too large, too often."""
+
+
+class TransferError(ShipError):
+    """The network or the other side fails, after all retries."""

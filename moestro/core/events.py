@@ -30,7 +30,7 @@ class EventLog:
             raise cannot_write(path, error) from error
 
     def write(self, event: str, step: int, **fields: Any) -> None:
-        """Append one event; raises CheckpointError when the disk is full."""
+        """Append one event; raises StorageError when the disk is full."""
         record: Event = {"event": event, "step": step, "time_s": round(time.time(), 3), **fields}
         try:
             self._file.write(json.dumps(record, separators=(",", ":")) + "\n")

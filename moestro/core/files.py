@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moestro.core.errors import CheckpointError
+from moestro.core.errors import StorageError
 from moestro.core.units import bytes_text
 
 ASIDE = ".partial"
@@ -22,7 +22,7 @@ ASIDE = ".partial"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; raises CheckpointError when the disk is full or refuses."""
+    """Write a file whole or not at all; raises StorageError when the disk is full or refuses."""
     aside = path.with_name(path.name + ASIDE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
 def folder_aside(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; when the block ends well it is flushed and renamed to `path`.
 
-    An existing `path` is replaced only after the new folder is complete. Raises CheckpointError when the disk
+    An existing `path` is replaced only after the new folder is complete. Raises StorageError when the disk
     is full or refuses; then `path` is as it was.
     """
     aside, old = path.with_name(path.name + ASIDE), path.with_name(path.name + ".old" + ASIDE)
@@ -85,17 +85,15 @@ def flush_to_disk(handle: int) -> None:
             raise
 
 
-def cannot_write(path: Path, error: OSError) -> CheckpointError:
+def cannot_write(path: Path, error: OSError) -> StorageError:
     """One line that says why a file could not be written and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = bytes_text(shutil.disk_usage(existing_parent(path)).free)
-        return CheckpointError(
+        return StorageError(
             f"{path} cannot be written: {os.strerror(error.errno)} ({free} free); "
-            "free some space or choose another folder with out=FOLDER; nothing was overwritten"
+            "free some space or choose another folder; nothing was overwritten"
         )
-    return CheckpointError(
-        f"{path} cannot be written: {error.strerror or error}; choose another folder with out=FOLDER"
-    )
+    return StorageError(f"{path} cannot be written: {error.strerror or error}; choose another folder")
 
 
 def existing_parent(path: Path) -> Path:

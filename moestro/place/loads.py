@@ -40,7 +40,7 @@ class LoadWriter:
             raise cannot_write(path, error) from error
 
     def append(self, step: int, count_LE: NDArray[np.integer]) -> None:
-        """Add one step; raises CheckpointError when the disk is full."""
+        """Add one step; raises StorageError when the disk is full."""
         assert count_LE.shape == self.shape
         try:
             self._file.write(np.concatenate([[step], count_LE.ravel()]).astype("<u4").tobytes())

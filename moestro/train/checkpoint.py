@@ -55,7 +55,7 @@ def save_model(
     state: TrainingState | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint whole or not at all; raises CheckpointError when the disk is full or lies."""
+    """Write a checkpoint whole or not at all; StorageError: the disk is full; CheckpointError: it lies."""
     with folder_aside(folder) as aside:
         if origin is not None:
             (aside / ORIGIN).write_text(json.dumps(origin, indent=1))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moestro.core.errors import CheckpointError, TrainingError
+from moestro.core.errors import CheckpointError, StorageError, TrainingError
 from moestro.core.events import EventLog
 from moestro.core.units import bytes_text, count_text
 from moestro.nn.decoder import parameter_counts
@@ -254,7 +254,7 @@ class _Session:
             trainer.save(target, self.data)
             self.events.write("checkpoint", trainer.step, folder=target.name)
             checkpoint.keep_newest(self.folder, self.recipe.train.keep_checkpoints)
-        except CheckpointError as error:
+        except (CheckpointError, StorageError) as error:
             if must:
                 raise
             self.watcher.say(f"{error}; training goes on and tries again")

@@ -44,7 +44,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Write report.html and return its path; raises CheckpointError where the disk refuses."""
+    """Write report.html and return its path; raises StorageError where the disk refuses."""
     run = open_run(folder)
     title = run.recipe.report.title or folder.root.resolve().name
     sections = [

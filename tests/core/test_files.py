@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moestro.core.errors import CheckpointError
+from moestro.core.errors import StorageError
 from moestro.core.files import folder_aside, write_text
 
 FullDisk = Callable[[int], AbstractContextManager[None]]
@@ -21,7 +21,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, full_disk: 
     target = tmp_path / "note.txt"
     write_text(target, "old")
     said = r"note\.txt cannot be written: File too large .*nothing was overwritten"
-    with pytest.raises(CheckpointError, match=said), full_disk(1024):
+    with pytest.raises(StorageError, match=said), full_disk(1024):
         write_text(target, "x" * 5000)
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
@@ -31,7 +31,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, full_disk: FullDisk) 
     target = tmp_path / "model"
     with folder_aside(target) as aside:
         (aside / "weights").write_text("old")
-    with pytest.raises(CheckpointError, match="free some space"), full_disk(1024), folder_aside(target) as aside:
+    with pytest.raises(StorageError, match="free some space"), full_disk(1024), folder_aside(target) as aside:
         (aside / "weights").write_text("x" * 5000)
     assert (target / "weights").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

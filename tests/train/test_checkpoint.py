@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moestro.core.errors import CheckpointError, ConfigError
+from moestro.core.errors import CheckpointError, ConfigError, StorageError
 from moestro.core.specs import ModelSpec, MoESpec
 from moestro.core.tokens import ByteTokenizer
 from moestro.nn.decoder import Decoder
@@ -90,7 +90,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(
     saved(tmp_path / "m")
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
     said = r"cannot be written: .*nothing was overwritten"
-    with pytest.raises(CheckpointError, match=said), full_disk(4096):
+    with pytest.raises(StorageError, match=said), full_disk(4096):
         saved(tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -2,52 +2,35 @@
 
     library() -> the loaded kernels, or None; why_not() -> the reason in words
 
-The shared object lies in the user's cache, named by a hash of the source, the compiler and the CPU, so that an
-upgrade or a move to another machine builds a new one. It uses the OpenMP runtime that torch has already loaded:
-a second runtime would fight torch's threads for the cores.
+It uses the OpenMP runtime that torch has already loaded: a second runtime would fight torch's threads for the cores.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moestro.core.native import load_native
+
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-OFF = "MOESTRO_CPU_KERNELS"
-"""Environment variable: `off` keeps to plain torch."""
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The kernels and an empty reason, or None and why."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     runtime = _openmp_runtime()
-    if os.environ.get(OFF) == "off":
-        return None, f"{OFF} is off"
-    if compiler is None:
-        return None, "no C++ compiler found; install g++ to get them"
     if runtime is None:
         return None, "torch runs without a shared OpenMP runtime here"
-    target = _cache_folder() / f"cpu-{_fingerprint(compiler, runtime)}.so"
-    if not target.exists():
-        problem = _compile(compiler, runtime, target)
-        if problem:
-            return None, problem
+    loaded, reason = load_native(SOURCE, FLAGS, link=[str(runtime), f"-Wl,-rpath,{runtime.parent}"])
     try:
-        return _declare(ctypes.CDLL(str(target))), ""
-    except (OSError, AttributeError) as error:
-        return None, f"{target} cannot be loaded ({error}); delete it"
+        return (None, reason) if loaded is None else (_declare(loaded), "")
+    except AttributeError as error:
+        return None, f"{loaded} lacks a kernel ({error}); delete it"
 
 
 def library() -> ctypes.CDLL | None:
@@ -60,11 +43,6 @@ def why_not() -> str:
     return _load()[1]
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "moestro"
-
-
 def _openmp_runtime() -> Path | None:
     """The OpenMP library in this process, as the Linux kernel lists it."""
     maps = Path("/proc/self/maps")
@@ -72,37 +50,6 @@ def _openmp_runtime() -> Path | None:
         return None
     files = (line.rsplit(maxsplit=1)[-1] for line in maps.read_text().splitlines() if "/" in line)
     return next((Path(file) for file in files if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))), None)
-
-
-def _fingerprint(compiler: str, runtime: Path) -> str:
-    cpu = Path("/proc/cpuinfo")
-    features = (
-        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
-    )
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [SOURCE.read_text(), *FLAGS, version, str(runtime), platform.machine(), features]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _compile(compiler: str, runtime: Path, target: Path) -> str:
-    """Build `target` whole or not at all; returns what went wrong, or an empty string."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            compiled, linked = Path(folder, "cpu.o"), Path(folder, "cpu.so")
-            for command in (
-                [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
-                [compiler, "-shared", str(compiled), str(runtime), f"-Wl,-rpath,{runtime.parent}", "-o", str(linked)],
-            ):
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    return (
-                        f"{compiler} failed: {done.stderr.strip().splitlines()[0] if done.stderr else done.returncode}"
-                    )
-            linked.replace(target)
-    except OSError as error:
-        return f"cannot build in {target.parent}: {error.strerror or error}"
-    return ""
 
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:

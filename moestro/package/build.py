@@ -1,0 +1,221 @@
+"""Put a package together: model files, description files, chunk digests, manifest; whole or not at all.
+
+    build(out, [Content, ...], release, program) -> Manifest
+
+The folder is made aside, flushed and renamed. The same content and release give the same bytes anywhere: nothing
+here reads a clock, a host name or the order of a directory.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moestro.core.errors import ConfigError
+from moestro.core.files import folder_aside
+from moestro.package import canonical
+from moestro.package.describe import dumps
+from moestro.package.descriptor import Shard, weights_root
+from moestro.package.encrypt import Sealer
+from moestro.package.fields import DATE
+from moestro.package.hashing import SIZE, check_hash, digest, tree_root
+from moestro.package.layout import SUFFIX
+from moestro.package.limits import CHUNK_BYTES, MAX_JSON_INT
+from moestro.package.manifest import CHUNKS, MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update, sorted_files
+from moestro.package.paths import check_model_id, list_below
+from moestro.package.sink import file_leaves
+from moestro.package.writer import ModelSource, TensorSource, WrittenFile, write_model_file
+
+EPOCH = "1970-01-01T00:00:00Z"
+"""created_at unless the user or SOURCE_DATE_EPOCH says otherwise: the same package twice has the same bytes."""
+
+
+def release_time() -> str:
+    """created_at from SOURCE_DATE_EPOCH (reproducible-builds.org), or EPOCH where that is not set."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "0")
+    if not text.isdigit() or len(text) > 11:
+        raise ConfigError(f"SOURCE_DATE_EPOCH is {text!r}; it must be seconds since 1970")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(text)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """What a package says about itself as one of a row of releases."""
+
+    package_id: str
+    sequence: int = 1
+    """Strictly rising within a package_id."""
+    created_at: str = EPOCH
+    expires_at: str | None = None
+    hash: str = "sha256"
+
+    def __post_init__(self) -> None:
+        check_model_id(self.package_id, "package_id")
+        check_hash(self.hash)
+        if not 1 <= self.sequence <= MAX_JSON_INT:
+            raise ConfigError(f"sequence is {self.sequence}; it must be in 1..2^53")
+        for name, value in (("created_at", self.created_at), ("expires_at", self.expires_at)):
+            if value is not None and not DATE.fullmatch(value):
+                raise ConfigError(f"{name} is {value!r}; it must be a UTC time like 2026-11-21T00:00:00Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """One model and its descriptions."""
+
+    shards: Sequence[ModelSource]
+    """One per file, see `shards_of`."""
+    management: dict[str, Any]
+    technical: dict[str, Any]
+    """Its `files` are filled in here."""
+    update: Update | None = None
+
+
+def build(
+    out: Path,
+    contents: Sequence[Content],
+    release: Release,
+    program: Path | None = None,
+    seal: Callable[[str], Sealer] | None = None,
+    envelope: Callable[[bytes], bytes | None] | None = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> Manifest:
+    """Write a package folder.
+
+    out      must not exist
+    program  a folder that becomes Program/; copied, never run
+    seal     makes the encryption of a model by its id
+    envelope gives manifest.sig for the bytes of manifest.json, or None
+    extra    further files by path
+    """
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists already; packages are never overwritten: choose another name")
+    with folder_aside(out) as aside:
+        builder = _Builder(aside, release)
+        for folder in ("Model", "Program", "Meta-info"):  # R-8.2.1-1
+            (aside / folder).mkdir()
+        models = [builder.add_model(content, seal) for content in contents]
+        if program is not None:
+            builder.add_program(program)
+        for path, content_bytes in (extra or {}).items():
+            builder.add_bytes(path, content_bytes)
+        return builder.finish(models, envelope)
+
+
+class _Builder:
+    """A package folder that grows."""
+
+    def __init__(self, root: Path, release: Release) -> None:
+        self.root, self.release = root, release
+        self.files: list[FileEntry] = []
+
+    def add_model(self, content: Content, seal: Callable[[str], Sealer] | None) -> ModelEntry:
+        shards = content.shards
+        model_id = shards[0].model_id
+        folder = self.root / "Model" / model_id
+        folder.mkdir()
+        names = [_file_name(index, len(shards)) for index in range(1, len(shards) + 1)]
+        written = [write_model_file(folder / name, [shard], seal) for name, shard in zip(names, shards, strict=True)]
+        paths = [f"Model/{model_id}/{name}" for name in names]
+        for path, file in zip(paths, written, strict=True):
+            self._add_large(path, file)
+        technical = content.technical | {"files": [{"path": p, "shard": i} for i, p in enumerate(paths, 1)]}
+        self.add_bytes(f"Meta-info/{model_id}/managementinfo.json", dumps(content.management))
+        self.add_bytes(f"Meta-info/{model_id}/technicalinfo.json", dumps(technical))
+        root = None if seal is not None else _model_root(shards[0].hash, written)
+        return ModelEntry(model_id, root, tuple(paths), content.update)
+
+    def add_program(self, program: Path) -> None:
+        for path in list_below(program):
+            target = self.root / "Program" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(program / path, target)
+            target.chmod(0o644)
+            self._add_existing(f"Program/{path}")
+
+    def _add_existing(self, path: str) -> None:
+        handle = os.open(self.root / path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(handle).st_size
+            self._add_large(path, WrittenFile(size, file_leaves(handle, self.release.hash, CHUNK_BYTES), []))
+        finally:
+            os.close(handle)
+
+    def _add_large(self, path: str, file: WrittenFile) -> None:
+        """With its chunk digests, where it has more than one chunk."""
+        chunks = None
+        if len(file.leaves) > SIZE:
+            number = sum(entry.chunks is not None for entry in self.files)
+            chunks = f"{CHUNKS}{number:04d}.bin"
+            self.add_bytes(chunks, file.leaves)
+        root = tree_root(self.release.hash, file.leaves).hex()
+        self.files.append(FileEntry(path, file.size, root, chunks=chunks))
+
+    def add_bytes(self, path: str, content: bytes) -> None:
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        self.files.append(FileEntry(path, len(content), _bytes_root(self.release.hash, content)))
+
+    def finish(self, models: Sequence[ModelEntry], envelope: Callable[[bytes], bytes | None] | None = None) -> Manifest:
+        release = self.release
+        manifest = Manifest(
+            package_id=release.package_id,
+            sequence=release.sequence,
+            created_at=release.created_at,
+            expires_at=release.expires_at,
+            hash=release.hash,
+            models=tuple(models),
+            files=sorted_files(self.files),
+        )
+        data = manifest.dumps()
+        Manifest.parse(data)  # what we write, we read
+        (self.root / MANIFEST).write_bytes(data)
+        signature = None if envelope is None else envelope(data)
+        if signature is not None:
+            (self.root / SIGNATURE).write_bytes(signature)
+        return manifest
+
+
+def _model_root(hash_name: str, written: list[WrittenFile]) -> str:
+    if len(written) == 1:
+        return written[0].descriptors[0].weights_root
+    return weights_root(hash_name, [tensor for file in written for tensor in file.descriptors[0].tensors])
+
+
+def _bytes_root(hash_name: str, content: bytes) -> str:
+    leaves = [digest(hash_name, b"\0", content[at : at + CHUNK_BYTES]) for at in range(0, len(content), CHUNK_BYTES)]
+    return tree_root(hash_name, b"".join(leaves)).hex()
+
+
+def _file_name(index: int, count: int) -> str:
+    return f"model{SUFFIX}" if count == 1 else f"model-{index:05d}-of-{count:05d}{SUFFIX}"
+
+
+def shards_of(model: ModelSource, limit_bytes: int) -> list[ModelSource]:
+    """Cut in order of names so that decoded bytes of a file stay below the limit; segments lie in the first."""
+    groups: list[list[TensorSource]] = [[]]
+    held = 0
+    ordered = sorted(model.tensors, key=lambda tensor: tensor.name.encode())
+    for tensor in ordered:
+        if groups[-1] and held + tensor.span.length > limit_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(tensor)
+        held += tensor.span.length
+    if len(groups) == 1 or model.base is not None:
+        return [replace(model, tensors=ordered)]
+    outline = [[tensor.name, tensor.dtype.name, list(tensor.shape)] for tensor in ordered]
+    set_id = digest("sha256", canonical.dumps({"model_id": model.model_id, "tensors": outline})).hex()
+    return [
+        replace(
+            model,
+            tensors=group,
+            segments=model.segments if index == 1 else (),
+            shard=Shard(index, len(groups), set_id),
+        )
+        for index, group in enumerate(groups, 1)
+    ]

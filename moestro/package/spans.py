@@ -1,0 +1,135 @@
+"""Bytes one can read anywhere: stored, decrypted or decoded, without holding all of them.
+
+Bytes(view)     in memory or mapped          Decoded(blocks, length)     one block decoded at a time
+Part(span)      a range of another span      Watched(span, progress)     tells how much was read
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+
+
+class Span(Protocol):
+    """`length` bytes."""
+
+    @property
+    def length(self) -> int: ...
+
+    def read(self, start: int, count: int) -> memoryview:
+        """Exactly these bytes; the caller asks only for what is there."""
+        ...
+
+
+class Blocks(Protocol):
+    """A decoder: equal blocks, the last one shorter, each on its own."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def block(self, index: int) -> memoryview:
+        """One decoded block."""
+        ...
+
+
+class Bytes:
+    """A span over memory or a mapped file; reading copies nothing."""
+
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+        self.view = memoryview(data).cast("B")
+
+    @property
+    def length(self) -> int:
+        return len(self.view)
+
+    def read(self, start: int, count: int) -> memoryview:
+        return self.view[start : start + count]
+
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes just done."""
+
+
+def ignore(count: int) -> None:
+    """A Progress that nobody watches."""
+
+
+class Watched:
+    """A span that tells how much was read."""
+
+    def __init__(self, span: Span, progress: Progress) -> None:
+        self.span, self.progress = span, progress
+
+    @property
+    def length(self) -> int:
+        return self.span.length
+
+    def read(self, start: int, count: int) -> memoryview:
+        self.progress(count)
+        return self.span.read(start, count)
+
+
+class Part:
+    """`length` bytes of another span from `start` on."""
+
+    def __init__(self, whole: Span, start: int, length: int) -> None:
+        assert 0 <= start <= start + length <= whole.length
+        self.whole, self.start, self._length = whole, start, length
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def read(self, start: int, count: int) -> memoryview:
+        return self.whole.read(self.start + start, count)
+
+
+class Decoded:
+    """A span over a decoder; keeps the last block."""
+
+    def __init__(self, blocks: Blocks, length: int) -> None:
+        self.blocks, self._length = blocks, length
+        self._index, self._block = -1, memoryview(b"")
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def _decoded(self, index: int) -> memoryview:
+        if index != self._index:
+            self._index, self._block = index, self.blocks.block(index)
+        return self._block
+
+    def read(self, start: int, count: int) -> memoryview:
+        size = self.blocks.block_bytes
+        first, last = start // size, (start + max(count, 1) - 1) // size
+        if first == last:
+            return (
+                self._decoded(first)[start - first * size : start - first * size + count] if count else memoryview(b"")
+            )
+        out = bytearray(count)
+        done = 0
+        for index in range(first, last + 1):
+            skip = max(start - index * size, 0)
+            piece = self._decoded(index)[skip : skip + count - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+        return memoryview(out)
+
+
+def pieces(span: Span, size: int) -> Iterator[memoryview]:
+    """Consecutive pieces of `size` bytes, the last one shorter."""
+    for start in range(0, span.length, size):
+        yield span.read(start, min(size, span.length - start))
+
+
+def as_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array, without copying where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def same_bytes(left: memoryview, right: memoryview) -> bool:
+    """True where both hold the same; memoryview's own comparison takes the elements one by one."""
+    return np.array_equal(np.frombuffer(left, np.uint8), np.frombuffer(right, np.uint8))
