@@ -1,0 +1,52 @@
+"""All of packaging for Python; the commands of `moestro` call the same functions.
+
+    pack(model, out) -> Packed                   unpack(package, out)           verify(package) -> Findings
+    open_package(package) -> Package             package.weights().array("w")   one tensor, verified
+    encrypt(package, out, [key.pub])             decrypt(package, out, keys)
+    sign_package(package, key)                   Trust.load([key.pub])          Keys([load_receiving(key)])
+
+A package is a folder; `Package.manifest` names every file with its size and digest, which is all that shipping needs.
+"""
+
+from moestro.package.build import Release
+from moestro.package.encrypt import Kek, Keys, Password
+from moestro.package.folder import Findings, Package
+from moestro.package.keys import load_receiving, load_recipient, load_signing, new_key, save_pair
+from moestro.package.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update
+from moestro.package.pack import Options, Packed, pack, sign_package, unpack, verify
+from moestro.package.reseal import decrypt, encrypt
+from moestro.package.sign import Trust
+from moestro.package.weights import Weights
+
+open_package = Package.open
+
+__all__ = [
+    "MANIFEST",
+    "SIGNATURE",
+    "FileEntry",
+    "Findings",
+    "Kek",
+    "Keys",
+    "Manifest",
+    "ModelEntry",
+    "Options",
+    "Package",
+    "Packed",
+    "Password",
+    "Release",
+    "Trust",
+    "Update",
+    "Weights",
+    "decrypt",
+    "encrypt",
+    "load_receiving",
+    "load_recipient",
+    "load_signing",
+    "new_key",
+    "open_package",
+    "pack",
+    "save_pair",
+    "sign_package",
+    "unpack",
+    "verify",
+]

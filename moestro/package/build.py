@@ -9,14 +9,15 @@ here reads a clock, a host name or the order of a directory.
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import ConfigError
 from moestro.core.files import folder_aside
+from moestro.package import canonical
 from moestro.package.describe import dumps
-from moestro.package.descriptor import Shard
+from moestro.package.descriptor import Shard, weights_root
 from moestro.package.fields import DATE
 from moestro.package.hashing import SIZE, digest, tree_root
 from moestro.package.layout import SUFFIX
@@ -28,7 +29,6 @@ from moestro.package.writer import ModelSource, Seal, TensorSource, WrittenFile,
 
 EPOCH = "1970-01-01T00:00:00Z"
 """created_at unless the user or SOURCE_DATE_EPOCH says otherwise: the same package twice has the same bytes."""
-SHARD_BYTES = 1 << 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +55,12 @@ class Release:
 class Content:
     """One model and its descriptions."""
 
-    model: ModelSource
+    shards: Sequence[ModelSource]
+    """One per file, see `shards_of`."""
     management: dict[str, Any]
     technical: dict[str, Any]
     """Its `files` are filled in here."""
     update: Update | None = None
-    known: dict[str, str] = field(default_factory=dict)
 
 
 def build(
@@ -69,7 +69,6 @@ def build(
     release: Release,
     program: Path | None = None,
     seal: Callable[[str], Seal] | None = None,
-    shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
     """Write a package folder.
 
@@ -83,7 +82,7 @@ def build(
         builder = _Builder(aside, release)
         for folder in ("Model", "Program", "Meta-info"):  # R-8.2.1-1
             (aside / folder).mkdir()
-        models = [builder.add_model(content, seal, shard_bytes) for content in contents]
+        models = [builder.add_model(content, seal) for content in contents]
         if program is not None:
             builder.add_program(program)
         return builder.finish(models)
@@ -96,11 +95,11 @@ class _Builder:
         self.root, self.release = root, release
         self.files: list[FileEntry] = []
 
-    def add_model(self, content: Content, seal: Callable[[str], Seal] | None, shard_bytes: int) -> ModelEntry:
-        model_id = content.model.model_id
+    def add_model(self, content: Content, seal: Callable[[str], Seal] | None) -> ModelEntry:
+        shards = content.shards
+        model_id = shards[0].model_id
         folder = self.root / "Model" / model_id
         folder.mkdir()
-        shards = shards_of(content.model, shard_bytes)
         names = [_file_name(index, len(shards)) for index in range(1, len(shards) + 1)]
         written = [write_model_file(folder / name, [shard], seal) for name, shard in zip(names, shards, strict=True)]
         paths = [f"Model/{model_id}/{name}" for name in names]
@@ -109,15 +108,8 @@ class _Builder:
         technical = content.technical | {"files": [{"path": p, "shard": i} for i, p in enumerate(paths, 1)]}
         self._add_bytes(f"Meta-info/{model_id}/managementinfo.json", dumps(content.management))
         self._add_bytes(f"Meta-info/{model_id}/technicalinfo.json", dumps(technical))
-        root = None if seal is not None else self._model_root(content.model, written)
+        root = None if seal is not None else _model_root(shards[0].hash, written)
         return ModelEntry(model_id, root, tuple(paths), content.update)
-
-    def _model_root(self, model: ModelSource, written: list[WrittenFile]) -> str:
-        if len(written) == 1:
-            return written[0].descriptors[0].weights_root
-        tensors = [tensor for file in written for tensor in file.descriptors[0].tensors]
-        tensors.sort(key=lambda tensor: tensor.name.encode())
-        return tree_root(model.hash, b"".join(bytes.fromhex(tensor.digest) for tensor in tensors)).hex()
 
     def add_program(self, program: Path) -> None:
         for path in list_below(program):
@@ -168,6 +160,12 @@ class _Builder:
         return manifest
 
 
+def _model_root(hash_name: str, written: list[WrittenFile]) -> str:
+    if len(written) == 1:
+        return written[0].descriptors[0].weights_root
+    return weights_root(hash_name, [tensor for file in written for tensor in file.descriptors[0].tensors])
+
+
 def _bytes_root(hash_name: str, content: bytes) -> str:
     leaves = [digest(hash_name, b"\0", content[at : at + CHUNK_BYTES]) for at in range(0, len(content), CHUNK_BYTES)]
     return tree_root(hash_name, b"".join(leaves)).hex()
@@ -179,10 +177,6 @@ def _file_name(index: int, count: int) -> str:
 
 def shards_of(model: ModelSource, limit_bytes: int) -> list[ModelSource]:
     """Cut in order of names so that decoded bytes of a file stay below the limit; segments lie in the first."""
-    from dataclasses import replace
-
-    from moestro.package import canonical
-
     groups: list[list[TensorSource]] = [[]]
     held = 0
     ordered = sorted(model.tensors, key=lambda tensor: tensor.name.encode())

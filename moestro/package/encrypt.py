@@ -27,7 +27,6 @@ from moestro.package.spans import Span
 
 TAG_BYTES = 16
 KEY_BYTES = 32
-BATCH_CHUNKS = 4
 SUITES = {"A256GCM": 32, "SM4GCM": 16, "C20P1305": 32}
 """Name and key bytes."""
 ARGON_LIMITS = {"m": 1 << 20, "t": 16, "p": 16}
@@ -192,6 +191,7 @@ class EncryptingStream:
         """What shares a chunk with the end of the head."""
         self._first_room = -head_bytes % CHUNK_BYTES
         self._staged = bytearray()
+        """At most one chunk, and the last one until the end is known, since it is sealed as the last."""
         self._next = -(-head_bytes // CHUNK_BYTES)
 
     def write(self, data: Buffer, leaves: bytes | None = None) -> None:
@@ -200,9 +200,17 @@ class EncryptingStream:
         self.length += len(view)
         room = self._first_room - len(self._first)
         self._first += view[:room]
-        self._staged += view[room:]
-        while len(self._staged) > BATCH_CHUNKS * CHUNK_BYTES:  # at least one byte stays: only the end is the last chunk
-            self._seal_batch(BATCH_CHUNKS * CHUNK_BYTES, last=False)
+        view = view[room:]
+        if self._staged and len(self._staged) + len(view) > CHUNK_BYTES:
+            room = CHUNK_BYTES - len(self._staged)
+            self._staged += view[:room]
+            self._seal(self._staged, last=False)
+            self._staged = bytearray()
+            view = view[room:]
+        whole = max(len(view) - 1, 0) // CHUNK_BYTES * CHUNK_BYTES
+        if whole:
+            self._seal(view[:whole], last=False)
+        self._staged += view[whole:]
 
     def pad_to(self, length: int) -> None:
         """Append zero bytes up to a length."""
@@ -215,30 +223,21 @@ class EncryptingStream:
     def close(self, head: bytes) -> int:
         """Seal what is left, then the chunks with the head; returns stored bytes."""
         assert len(head) == self._head_bytes
-        while self._staged:
-            count = min(len(self._staged), BATCH_CHUNKS * CHUNK_BYTES)
-            self._seal_batch(count, last=count == len(self._staged))
-        end = self._next
-        self._staged, self._next = bytearray(head + self._first), 0
-        ends_here = self.length <= self._first_room
-        while self._staged:
-            count = min(len(self._staged), BATCH_CHUNKS * CHUNK_BYTES)
-            self._seal_batch(count, last=ends_here and count == len(self._staged))
-        assert ends_here or self._next <= end
+        if self._staged:
+            self._seal(self._staged, last=True)
+        self._next = 0
+        self._seal(head + self._first, last=self.length <= self._first_room)
         return stored_bytes(len(head) + self.length)
 
-    def _seal_batch(self, count: int, last: bool) -> None:
-        view = memoryview(self._staged)[:count]
-        out = bytearray()
-        for start in range(0, count, CHUNK_BYTES):
-            chunk = view[start : start + CHUNK_BYTES]
-            nonce = nonce_of(self._next + start // CHUNK_BYTES, last and start + CHUNK_BYTES >= count)
-            out += self.sealer.cipher.encrypt(nonce, chunk, self.sealer.associated)
-        view.release()
+    def _seal(self, data: Buffer, last: bool) -> None:
+        """Whole chunks, or with `last` up to the end."""
+        view = memoryview(data)
         os.lseek(self.handle, self.start + self._next * (CHUNK_BYTES + TAG_BYTES), os.SEEK_SET)
-        write_all(self.handle, out, self.path)
-        del self._staged[:count]
-        self._next += -(-count // CHUNK_BYTES)
+        for start in range(0, len(view), CHUNK_BYTES):
+            chunk = view[start : start + CHUNK_BYTES]
+            nonce = nonce_of(self._next, last and start + CHUNK_BYTES >= len(view))
+            write_all(self.handle, self.sealer.cipher.encrypt(nonce, chunk, self.sealer.associated), self.path)
+            self._next += 1
 
 
 class Opened:

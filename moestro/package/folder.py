@@ -8,7 +8,6 @@ without reading the rest. `verify` reads everything. Nothing below Program/ is e
 """
 
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,9 @@ from moestro.package.limits import MAX_DESCRIPTION_BYTES, MAX_MANIFEST_BYTES, PI
 from moestro.package.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry
 from moestro.package.paths import list_below, open_below, open_folder
 from moestro.package.reader import ModelFile, StoredModel
-from moestro.package.sign import MAX_ENVELOPE_BYTES, Trust
+from moestro.package.sign import MAX_ENVELOPE_BYTES, Trust, signers
 from moestro.package.sink import file_leaves
+from moestro.package.spans import Progress, ignore
 from moestro.package.weights import Weights
 
 
@@ -175,13 +175,27 @@ class Package:
         fitting = [model for model in self.manifest.models if model.weights_root == wanted]
         return fitting[0] if fitting else self.model(None if len(self.manifest.models) == 1 else update.model_id)
 
-    def verify(self, base: "Package | None" = None) -> Findings:
+    def base_weights(self, update: ModelEntry) -> Weights:
+        """The weights that an update of another package is based on."""
+        return self.weights(self.model_of(update).model_id)
+
+    def is_encrypted(self, model_id: str | None = None) -> bool:
+        """True where the model's data is encrypted, whether or not a key fits."""
+        return any(model.descriptor.encryption is not None for model in self.stored(model_id))
+
+    def claimed_signers(self) -> list[str]:
+        """Key ids the signature file names, unchecked; for display."""
+        envelope = self.envelope()
+        return [] if envelope is None else signers(self.manifest_bytes, envelope)
+
+    def verify(self, base: "Package | None" = None, progress: Progress = ignore) -> Findings:
         """R-8.2.7-1: every listed file, none missing, none beside them, every tensor that can be decoded here."""
         findings = Findings(signed_by=self.signed_by)
         self._check_listing()
         for entry in self.manifest.files:
             leaves = self._verify_file(entry)
             findings.files, findings.num_bytes = findings.files + 1, findings.num_bytes + entry.size
+            progress(entry.size)
             if entry.path.startswith("Model/"):
                 findings.tensors += self._verify_tensors(entry, leaves)
         for model in self.manifest.models:
@@ -276,7 +290,7 @@ class Package:
         elif base is None:
             findings.unread.append(f"{model.model_id}: an update, no base given")
         else:
-            weights = self.weights(model.model_id, base.weights(base.model_of(model).model_id))
+            weights = self.weights(model.model_id, base.base_weights(model))
             for tensor in stored[0].descriptor.tensors:
                 weights.check(tensor.name)
             self.segments(model.model_id, base)
@@ -308,11 +322,3 @@ def _root_from_leaves(model: StoredModel, tensor: TensorEntry, leaves: bytes) ->
     rest = model.data.read(tensor.offset + whole * PIECE_BYTES, tensor.length % PIECE_BYTES)
     own = leaves[: whole * SIZE] + leaf_hashes(model.descriptor.hash, rest, PIECE_BYTES)
     return tree_root(model.descriptor.hash, own)
-
-
-def open_all(folders: Sequence[Path], keys: Keys | None = None) -> list[Package]:
-    """Several packages; all are closed again if one cannot be opened."""
-    with ExitStack() as stack:
-        found = [stack.enter_context(Package.open(folder, keys=keys)) for folder in folders]
-        stack.pop_all()
-    return found

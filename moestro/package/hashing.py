@@ -41,7 +41,7 @@ def _maker(name: str) -> Callable[[], Any]:
             try:
                 from blake3 import blake3
             except ImportError as error:
-                raise UnsupportedVersion("hash is blake3, which needs: pip install 'moestro[ship]'") from error
+                raise UnsupportedVersion("hash is blake3, which needs: pip install 'moestro[package]'") from error
             return blake3
         case "sm3" if "sm3" in hashlib.algorithms_available:
             return lambda: hashlib.new("sm3")

@@ -1,10 +1,10 @@
 """Bytes one can read anywhere: stored, decrypted or decoded, without holding all of them.
 
 Bytes(view)     in memory or mapped          Decoded(blocks, length)     one block decoded at a time
-Part(span)      a range of another span      Joined(spans)               several, one after another
+Part(span)      a range of another span      Watched(span, progress)     tells how much was read
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +46,29 @@ class Bytes:
 
     def read(self, start: int, count: int) -> memoryview:
         return self.view[start : start + count]
+
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes just done."""
+
+
+def ignore(count: int) -> None:
+    """A Progress that nobody watches."""
+
+
+class Watched:
+    """A span that tells how much was read."""
+
+    def __init__(self, span: Span, progress: Progress) -> None:
+        self.span, self.progress = span, progress
+
+    @property
+    def length(self) -> int:
+        return self.span.length
+
+    def read(self, start: int, count: int) -> memoryview:
+        self.progress(count)
+        return self.span.read(start, count)
 
 
 class Part:
@@ -93,26 +116,6 @@ class Decoded:
             piece = self._decoded(index)[skip : skip + count - done]
             out[done : done + len(piece)] = piece
             done += len(piece)
-        return memoryview(out)
-
-
-class Joined:
-    """Spans one after another."""
-
-    def __init__(self, spans: Sequence[Span]) -> None:
-        self.spans = spans
-
-    @property
-    def length(self) -> int:
-        return sum(span.length for span in self.spans)
-
-    def read(self, start: int, count: int) -> memoryview:
-        out = bytearray()
-        for span in self.spans:
-            if start < span.length and len(out) < count:
-                piece = span.read(start, min(count - len(out), span.length - start))
-                out += piece
-            start = max(start - span.length, 0)
         return memoryview(out)
 
 

@@ -11,29 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import ConversionError
-from moestro.core.files import cannot_write
 from moestro.package import canonical
 from moestro.package.fields import Fields
 from moestro.package.paths import check_path, check_paths, create_below, open_folder
 from moestro.package.safetensors import Header, plain_header
 from moestro.package.sink import write_all
 from moestro.package.sources import SCHEMA, SOURCE
-from moestro.package.spans import pieces
+from moestro.package.spans import Progress, ignore
 from moestro.package.weights import Weights
 
-BATCH_BYTES = 4 << 20
 
+def write_source(
+    folder: Path, weights: Weights, segments: Mapping[str, bytes], mode: int = 0o644, progress: Progress = ignore
+) -> list[str]:
+    """All files, below `folder` and nowhere else (R-8.3.2-1); each tensor is verified as it is written.
 
-def write_source(folder: Path, weights: Weights, segments: Mapping[str, bytes]) -> list[str]:
-    """All files, below `folder` and nowhere else (R-8.3.2-1); tensors are verified as they are written."""
+    mode   of the files; 0600 for what was encrypted
+    """
     plan = _plan(weights, segments)
     paths = check_paths(path for path, _ in plan)
     handle = open_folder(folder)
     try:
         for path, content in plan:
-            file = create_below(handle, path)
+            file = create_below(handle, path, mode)
             try:
-                _write(file, folder / path, content, weights)
+                _write(file, folder / path, content, weights, progress)
             finally:
                 os.close(file)
     finally:
@@ -86,14 +88,12 @@ def _header(path: str, text: bytes, weights: Weights) -> Header:
     return header
 
 
-def _write(handle: int, path: Path, content: bytes | Header, weights: Weights) -> None:
-    try:
-        if isinstance(content, bytes):
-            write_all(handle, content, path)
-            return
-        write_all(handle, len(content.text).to_bytes(8, "little") + content.text, path)
-        for tensor in content.tensors:
-            for batch in pieces(weights.span(tensor.name), BATCH_BYTES):
-                write_all(handle, batch, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+def _write(handle: int, path: Path, content: bytes | Header, weights: Weights, progress: Progress) -> None:
+    if isinstance(content, bytes):
+        write_all(handle, content, path)
+        return
+    write_all(handle, len(content.text).to_bytes(8, "little") + content.text, path)
+    for tensor in content.tensors:
+        for batch in weights.verified(tensor.name):
+            write_all(handle, batch, path)
+            progress(len(batch))

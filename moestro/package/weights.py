@@ -6,18 +6,18 @@ A residual is refused unless its base is exactly the one it was made for, and un
 that the residual promises; both are seen from digests alone, before a single tensor is decoded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from moestro.core.errors import BaseMismatch, FormatError, IntegrityError
 from moestro.package.codecs.registry import decoded
 from moestro.package.descriptor import Descriptor, TensorEntry, tensor_digest, weights_root
-from moestro.package.hashing import root_of
+from moestro.package.hashing import leaf_hashes, root_of, tree_root
 from moestro.package.limits import PIECE_BYTES
 from moestro.package.reader import StoredModel
-from moestro.package.spans import Span
-from moestro.package.writer import span_root
+from moestro.package.spans import Span, pieces
+from moestro.package.writer import BATCH_BYTES, span_root
 
 NUMPY_TYPES = {"bool": "?", "float16": "<f2", "float32": "<f4", "float64": "<f8", "complex64": "<c8"}
 NUMPY_TYPES |= {f"{sign}int{bits}": f"<{sign[:1] or 'i'}{bits // 8}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -108,6 +108,17 @@ class Weights:
     def _compare(self, entry: TensorEntry, root: bytes) -> None:
         if tensor_digest(self.hash, entry.name, entry.dtype, entry.shape, root) != entry.digest:
             raise IntegrityError(f"tensor {entry.name}", "its numbers are not those of its digest")
+
+    def verified(self, name: str) -> Iterator[memoryview]:
+        """Decoded bytes batch by batch; raises IntegrityError after the last one where the digest differs.
+
+        For writing to a file that is removed then; whoever uses numbers at once takes `read`.
+        """
+        leaves = bytearray()
+        for batch in pieces(self.span(name), BATCH_BYTES):
+            leaves += leaf_hashes(self.hash, batch, PIECE_BYTES)
+            yield batch
+        self._compare(self.entries[name], tree_root(self.hash, leaves))
 
     def read(self, name: str) -> memoryview:
         """Decoded, verified bytes; nothing is copied where they are stored raw and in clear."""

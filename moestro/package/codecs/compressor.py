@@ -25,7 +25,7 @@ def _library() -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise UnsupportedVersion("codec zstd needs: pip install 'moestro[ship]'") from error
+        raise UnsupportedVersion("codec zstd needs: pip install 'moestro[package]'") from error
     return zstandard
 
 

@@ -1,0 +1,97 @@
+"""The same package with its models encrypted, or in clear again.
+
+    encrypt(folder, out, recipients)        decrypt(folder, out, keys)
+
+Tensors go over in their stored form, so nothing is compressed twice, and a package that is encrypted and decrypted has
+its old bytes again. Signatures cover the stored bytes, so the new package must be signed anew.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from moestro.core.errors import DecryptionError, FormatError
+from moestro.package.build import Content, Release, build
+from moestro.package.describe import check_management, check_technical
+from moestro.package.descriptor import TensorEntry
+from moestro.package.encrypt import FAILED, Keys, Recipient, Sealer
+from moestro.package.folder import Package
+from moestro.package.manifest import Manifest, ModelEntry
+from moestro.package.reader import StoredModel
+from moestro.package.spans import Progress, Watched, ignore, pieces
+from moestro.package.writer import BATCH_BYTES, ModelSource, Seal, SegmentSource, TensorSource
+
+
+def encrypt(
+    folder: Path, out: Path, to: Sequence[Recipient], suite: str = "A256GCM", progress: Progress = ignore
+) -> Manifest:
+    """A new package whose models only the recipients can read; the old one is verified first and stays as it is."""
+    with Package.open(folder) as package:
+        closed = [model.model_id for model in package.manifest.models if package.is_encrypted(model.model_id)]
+        if closed:
+            raise FormatError(f"{closed[0]} is encrypted already; decrypt it first, or start from the clear package")
+        return _rebuilt(package, out, partial(Sealer, list(to), suite=suite), progress)
+
+
+def decrypt(folder: Path, out: Path, keys: Keys, progress: Progress = ignore) -> Manifest:
+    """A new package in clear; raises DecryptionError where no key fits or the bytes were changed."""
+    if not keys:
+        raise DecryptionError("no key given; give --key or --password")
+    with Package.open(folder, keys=keys) as package:
+        for model in package.manifest.models:
+            if not all(part.is_open for part in package.stored(model.model_id)):
+                raise DecryptionError(f"{model.model_id}: {FAILED}")
+        return _rebuilt(package, out, None, progress)
+
+
+def _rebuilt(package: Package, out: Path, seal: Callable[[str], Seal] | None, progress: Progress) -> Manifest:
+    package.verify()
+    contents = [_content(package, model, progress) for model in package.manifest.models]
+    program = package.folder / "Program"
+    return build(out, contents, release_of(package.manifest), program if program.is_dir() else None, seal)
+
+
+def release_of(manifest: Manifest) -> Release:
+    """What a package says about itself."""
+    return Release(
+        package_id=manifest.package_id,
+        sequence=manifest.sequence,
+        created_at=manifest.created_at,
+        expires_at=manifest.expires_at,
+        hash=manifest.hash,
+    )
+
+
+def _content(package: Package, model: ModelEntry, progress: Progress) -> Content:
+    shards = [_source(part, progress) for part in package.stored(model.model_id)]
+    here = f"Meta-info/{model.model_id}"
+    management = check_management(package.content(f"{here}/managementinfo.json"), model.model_id)
+    technical = check_technical(package.content(f"{here}/technicalinfo.json"), model.model_id)
+    return Content(shards, management, technical, model.update)
+
+
+def _source(model: StoredModel, progress: Progress) -> ModelSource:
+    descriptor = model.descriptor
+    ordered = sorted(descriptor.tensors, key=lambda tensor: tensor.name.encode())
+    segments = [
+        SegmentSource(entry.name, b"", entry)
+        if entry.codec == "copy"
+        else SegmentSource(entry.name, model.segment(entry))
+        for entry in descriptor.segments
+    ]
+    return ModelSource(
+        descriptor.model_id,
+        [_tensor(model, entry, progress) for entry in ordered],
+        segments,
+        base=descriptor.base,
+        removed=descriptor.removed,
+        shard=descriptor.shard,
+        hash=descriptor.hash,
+        weights_root=descriptor.weights_root,
+    )
+
+
+def _tensor(model: StoredModel, entry: TensorEntry, progress: Progress) -> TensorSource:
+    stored = Watched(model.stored(entry), progress)
+    encode = None if entry.codec == "raw" else partial(pieces, stored, BATCH_BYTES)
+    return TensorSource(entry.name, entry.dtype, entry.shape, stored, entry.codec, encode, entry.cp, entry.digest)
