@@ -11,7 +11,20 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from moestro import __version__
-from moestro.cli import doctor, evaluate, export_model, generate, import_model, report, resume, train
+from moestro.cli import (
+    doctor,
+    evaluate,
+    export_model,
+    generate,
+    import_model,
+    pull,
+    push,
+    report,
+    resume,
+    serve_packages,
+    token,
+    train,
+)
 from moestro.core.errors import Error
 
 app = typer.Typer(
@@ -27,6 +40,10 @@ app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("import")(import_model.import_model)
 app.command("export")(export_model.export_model)
+app.command("serve-packages")(serve_packages.serve_packages)
+app.command("push")(push.push)
+app.command("pull")(pull.pull)
+app.add_typer(token.app, name="token")
 app.command("doctor")(doctor.doctor)
 
 

@@ -364,9 +364,7 @@ class Handlers:
     async def collect(self, request: Request) -> Response:
         """Collect garbage now."""
         _admin(request)
-        done = await self._note(
-            request, "collect", "store", lambda: self.store.collect(self.settings.collect_grace_s)
-        )
+        done = await self._note(request, "collect", "store", lambda: self.store.collect(self.settings.collect_grace_s))
         self.metrics.collected_now(done.num_bytes)
         return JSONResponse(dataclasses.asdict(done))
 

@@ -97,9 +97,7 @@ def _check_files(store: Store, manifest: Manifest, model: ModelEntry) -> Table:
 
 
 def _held(store: Store, manifest: Manifest, entry: FileEntry) -> Blob:
-    held = store.db.row(
-        "SELECT 1 FROM holding WHERE package_id = ? AND root = ?", manifest.package_id, entry.root
-    )
+    held = store.db.row("SELECT 1 FROM holding WHERE package_id = ? AND root = ?", manifest.package_id, entry.root)
     blob = store.blob(entry.root) if held else None
     if blob is None:
         raise RefusalError(f"{entry.path} ({entry.root[:16]}) is not uploaded yet", 409)

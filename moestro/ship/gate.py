@@ -28,7 +28,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Message, Receive, Send], Awaitable[None]]
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 logger = logging.getLogger("moestro.ship")
 REMEMBER_S = 5.0
 """How long a checked token or a file's place is believed; revoking takes effect after at most this."""

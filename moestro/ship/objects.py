@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
@@ -61,7 +61,7 @@ class FileObjects:
         if path.exists():
             os.utime(path)  # so that garbage collection sees it is wanted again
             return
-        aside = self.folder / key.split("/")[0] / f".new-{secrets.token_hex(8)}"
+        aside = self.folder / key.split("/", maxsplit=1)[0] / f".new-{secrets.token_hex(8)}"
         try:
             self._make(path.parent)
             with aside.open("xb") as file:
@@ -137,7 +137,7 @@ class S3Objects:
             raise ConfigError("an s3:// store needs: pip install 'moestro[s3]'") from error
         self.bucket, self.prefix = bucket, prefix.strip("/") + "/" if prefix.strip("/") else ""
         retries: Any = {"max_attempts": 5, "mode": "standard"}
-        self._make = lambda: boto3.session.Session().client(
+        self._make: Callable[[], Any] = lambda: boto3.session.Session().client(
             "s3", endpoint_url=endpoint, config=Config(retries=retries, connect_timeout=10, read_timeout=60)
         )
         self._local = threading.local()

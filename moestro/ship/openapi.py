@@ -120,7 +120,9 @@ def _parameters(item: Operation) -> list[Table]:
 
 
 def _responses(item: Operation) -> Table:
-    content = {} if item.status == 204 or item.method == "HEAD" else {"content": {MEDIA[item.answer]: {"schema": {}}}}
+    content: Table = (
+        {} if item.status == 204 or item.method == "HEAD" else {"content": {MEDIA[item.answer]: {"schema": {}}}}
+    )
     responses: Table = {str(item.status): {"description": "done", **content}}
     if item.handler.__name__ == "blob":
         responses |= {"206": {"description": "a range", **content}, "304": {"description": "unchanged"}}

@@ -92,9 +92,7 @@ def new_token(
 
 def revoke_token(db: Database, token_id: str) -> None:
     """From now on it is refused; by its id, the part between the underscores."""
-    changed = db.run(
-        "UPDATE token SET revoked = ? WHERE id = ? AND revoked IS NULL", int(time.time()), token_id[:100]
-    )
+    changed = db.run("UPDATE token SET revoked = ? WHERE id = ? AND revoked IS NULL", int(time.time()), token_id[:100])
     if not changed:
         raise ConfigError(f"no valid token has the id {token_id[:40]!r}; see moestro token list")
 

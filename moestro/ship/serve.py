@@ -1,0 +1,150 @@
+"""Run a package server: uvicorn with TLS, bounded headers and patience, on a store folder.
+
+    serve(folder, settings, on_ready)      blocks until SIGINT or SIGTERM
+
+The first start makes a token for everything and leaves it in `admin.token`, readable by its owner only.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from moestro.core.errors import ConfigError
+from moestro.ship import tls
+from moestro.ship.app import make_app
+from moestro.ship.settings import ServerSettings
+from moestro.ship.store import Store
+from moestro.ship.tokens import new_token
+
+HEADER_BYTES = 64 << 10
+HEADER_S = 20
+"""Time for the whole head of a request."""
+DRAIN_S = 5
+"""Answers under way get this long when the server stops."""
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 whose request heads are bounded in bytes and in time; uvicorn bounds neither."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_bytes, self._in_head = 0, True
+        self._head_timer = self.loop.call_later(HEADER_S, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEADER_BYTES + len(data):
+                self._give_up()
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        self._head_bytes, self._in_head = 0, True
+        self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(HEADER_S, self._give_up)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_timer.cancel()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        self.transport.abort()
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a running server is."""
+
+    url: str
+    authority: Path | None
+    """What clients must be given to believe its certificate; None for plain HTTP or a given certificate."""
+    admin_token: Path
+
+
+def admin_token(store: Store, folder: Path) -> Path:
+    """The file with the first token, made where it is missing."""
+    path = folder / "admin.token"
+    if not path.exists():
+        text = new_token(store.db, "admin", ["admin:*"])
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text + "\n")
+    return path
+
+
+def serve(
+    folder: Path, settings: ServerSettings, on_ready: Callable[[Address], None], log_level: str = "warning"
+) -> None:
+    """Serve until a signal; raises ConfigError where the address or the certificate cannot be used."""
+    store = Store.open(folder, settings.database, settings.objects, settings.quotas)
+    token = admin_token(store, folder)
+    context, authority = _context(folder, settings)
+    app = make_app(store, settings)
+    with _listening(settings) as listener:
+        port = listener.getsockname()[1]
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        config = uvicorn.Config(
+            app,
+            http=GuardedProtocol,
+            ws="none",
+            loop="auto",
+            lifespan="on",
+            log_level=log_level,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=settings.max_connections,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=DRAIN_S,
+            ssl_context_factory=(lambda *_: context) if context else None,
+        )
+        on_ready(Address(f"http{'s' if context else ''}://{host}:{port}", authority, token))
+        try:
+            uvicorn.Server(config).run([listener])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            store.db.close()
+
+
+def _context(folder: Path, settings: ServerSettings) -> tuple[ssl.SSLContext | None, Path | None]:
+    if settings.plain or settings.plain_anywhere:
+        return None, None
+    if settings.certificate and settings.key:
+        return tls.server_context(settings.certificate, settings.key, settings.client_authority), None
+    names = {*settings.names, socket.gethostname(), *([] if settings.host in ANY else [settings.host])}
+    certificate, key, authority = tls.own_certificate(folder / "tls", sorted(names))
+    return tls.server_context(certificate, key, settings.client_authority), authority
+
+
+ANY = ("0.0.0.0", "::")
+
+
+@contextlib.contextmanager
+def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            raise ConfigError(
+                f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}; choose another with --port"
+            ) from error
+        yield listener
+    finally:
+        listener.close()
