@@ -2,6 +2,7 @@
 
     pack(model, out) -> Packed                   unpack(package, out)           verify(package) -> Findings
     open_package(package) -> Package             package.weights().array("w")   one tensor, verified
+    diff([base], target, out) -> Report          apply([base], update, out)
     encrypt(package, out, [key.pub])             decrypt(package, out, keys)
     sign_package(package, key)                   Trust.load([key.pub])          Keys([load_receiving(key)])
 
@@ -15,6 +16,7 @@ from moestro.package.keys import load_receiving, load_recipient, load_signing, n
 from moestro.package.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update
 from moestro.package.pack import Options, Packed, pack, sign_package, unpack, verify
 from moestro.package.reseal import decrypt, encrypt
+from moestro.package.residual import Report, apply, diff
 from moestro.package.sign import Trust
 from moestro.package.weights import Weights
 
@@ -34,10 +36,13 @@ __all__ = [
     "Packed",
     "Password",
     "Release",
+    "Report",
     "Trust",
     "Update",
     "Weights",
+    "apply",
     "decrypt",
+    "diff",
     "encrypt",
     "load_receiving",
     "load_recipient",

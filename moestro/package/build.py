@@ -8,7 +8,7 @@ here reads a clock, a host name or the order of a directory.
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from moestro.package.fields import DATE
 from moestro.package.hashing import SIZE, digest, tree_root
 from moestro.package.layout import SUFFIX
 from moestro.package.limits import CHUNK_BYTES, MAX_JSON_INT
-from moestro.package.manifest import CHUNKS, MANIFEST, FileEntry, Manifest, ModelEntry, Update, sorted_files
+from moestro.package.manifest import CHUNKS, MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update, sorted_files
 from moestro.package.paths import check_model_id, list_below
 from moestro.package.sink import file_leaves
 from moestro.package.writer import ModelSource, Seal, TensorSource, WrittenFile, write_model_file
@@ -69,12 +69,16 @@ def build(
     release: Release,
     program: Path | None = None,
     seal: Callable[[str], Seal] | None = None,
+    envelope: Callable[[bytes], bytes | None] | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write a package folder.
 
     out      must not exist
     program  a folder that becomes Program/; copied, never run
     seal     makes the encryption of a model by its id
+    envelope gives manifest.sig for the bytes of manifest.json, or None
+    extra    further files by path
     """
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists already; packages are never overwritten: choose another name")
@@ -85,7 +89,9 @@ def build(
         models = [builder.add_model(content, seal) for content in contents]
         if program is not None:
             builder.add_program(program)
-        return builder.finish(models)
+        for path, content_bytes in (extra or {}).items():
+            builder.add_bytes(path, content_bytes)
+        return builder.finish(models, envelope)
 
 
 class _Builder:
@@ -106,8 +112,8 @@ class _Builder:
         for path, file in zip(paths, written, strict=True):
             self._add_large(path, file)
         technical = content.technical | {"files": [{"path": p, "shard": i} for i, p in enumerate(paths, 1)]}
-        self._add_bytes(f"Meta-info/{model_id}/managementinfo.json", dumps(content.management))
-        self._add_bytes(f"Meta-info/{model_id}/technicalinfo.json", dumps(technical))
+        self.add_bytes(f"Meta-info/{model_id}/managementinfo.json", dumps(content.management))
+        self.add_bytes(f"Meta-info/{model_id}/technicalinfo.json", dumps(technical))
         root = None if seal is not None else _model_root(shards[0].hash, written)
         return ModelEntry(model_id, root, tuple(paths), content.update)
 
@@ -133,17 +139,17 @@ class _Builder:
         if len(file.leaves) > SIZE:
             number = sum(entry.chunks is not None for entry in self.files)
             chunks = f"{CHUNKS}{number:04d}.bin"
-            self._add_bytes(chunks, file.leaves)
+            self.add_bytes(chunks, file.leaves)
         root = tree_root(self.release.hash, file.leaves).hex()
         self.files.append(FileEntry(path, file.size, root, chunks=chunks))
 
-    def _add_bytes(self, path: str, content: bytes) -> None:
+    def add_bytes(self, path: str, content: bytes) -> None:
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
         self.files.append(FileEntry(path, len(content), _bytes_root(self.release.hash, content)))
 
-    def finish(self, models: Sequence[ModelEntry]) -> Manifest:
+    def finish(self, models: Sequence[ModelEntry], envelope: Callable[[bytes], bytes | None] | None = None) -> Manifest:
         release = self.release
         manifest = Manifest(
             package_id=release.package_id,
@@ -157,6 +163,9 @@ class _Builder:
         data = manifest.dumps()
         Manifest.parse(data)  # what we write, we read
         (self.root / MANIFEST).write_bytes(data)
+        signature = None if envelope is None else envelope(data)
+        if signature is not None:
+            (self.root / SIGNATURE).write_bytes(signature)
         return manifest
 
 

@@ -8,11 +8,12 @@ without reading the rest. `verify` reads everything. Nothing below Program/ is e
 """
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moestro.core.errors import FormatError, IntegrityError, UnsafePath
+from moestro.core.errors import BaseMismatch, FormatError, IntegrityError, UnsafePath
 from moestro.package.describe import check_management, check_technical
 from moestro.package.descriptor import TensorEntry, tensor_digest
 from moestro.package.encrypt import Keys
@@ -42,8 +43,8 @@ class Findings:
 class Package:
     """An opened package folder; close it, or use it as a context manager."""
 
-    def __init__(self, folder: Path, keys: Keys | None = None) -> None:
-        self.folder, self.keys = folder, keys or Keys()
+    def __init__(self, folder: Path, keys: Keys | None = None, base: "Package | None" = None) -> None:
+        self.folder, self.keys, self.base = folder, keys or Keys(), base
         self.signed_by: list[str] = []
         """Ids of trusted keys that signed; empty where no trust was given."""
         self._stack = ExitStack()
@@ -60,9 +61,14 @@ class Package:
             raise
 
     @classmethod
-    def open(cls, folder: Path, trust: Trust | None = None, keys: Keys | None = None) -> "Package":
-        """Check manifest and, where there is a trust, signature."""
-        package = cls(folder, keys)
+    def open(
+        cls, folder: Path, trust: Trust | None = None, keys: Keys | None = None, base: "Package | None" = None
+    ) -> "Package":
+        """Check manifest and, where there is a trust, signature.
+
+        base   what an update needs below it; the caller keeps it open
+        """
+        package = cls(folder, keys, base)
         try:
             if trust is not None:
                 package.signed_by = trust.check(package.manifest_bytes, package.envelope())
@@ -145,39 +151,39 @@ class Package:
             if found != leaves[index * SIZE : (index + 1) * SIZE]:
                 raise IntegrityError(entry.path, "its header is not that of the manifest", index)
 
-    def weights(self, model_id: str | None = None, base: Weights | None = None) -> Weights:
-        """The tensors of a model; an update needs its base."""
+    def weights(self, model_id: str | None = None) -> Weights:
+        """The tensors of a model; those of an update lie on its base's."""
         entry = self.model(model_id)
-        weights = Weights.of(self.stored(entry.model_id), base)
+        stored = self.stored(entry.model_id)
+        needs_base = stored[0].descriptor.base is not None and self.base is not None
+        weights = Weights.of(stored, self._base_weights(entry) if needs_base else None)
         if entry.weights_root not in (None, weights.root):
             raise IntegrityError(entry.model_id, "its weights are not those of the manifest")
         return weights
 
-    def segments(self, model_id: str | None = None, base: "Package | None" = None) -> dict[str, bytes]:
+    def _base_weights(self, update: ModelEntry) -> Weights:
+        assert self.base is not None
+        return self.base.weights(self.base.model_below(update).model_id)
+
+    def segments(self, model_id: str | None = None) -> dict[str, bytes]:
         """All segments of a model, verified."""
-        models = self.stored(model_id)
+        models, entry = self.stored(model_id), self.model(model_id)
         theirs = {}
         if any(segment.codec == "copy" for model in models for segment in model.descriptor.segments):
-            if base is None:
-                raise FormatError(
-                    f"{self.model(model_id).model_id} takes files over from its base; give it with --base"
-                )
-            theirs = base.segments(base.model_of(self.model(model_id)).model_id)
+            if self.base is None:
+                raise BaseMismatch(f"{entry.model_id} takes files over from its base; give it with --base")
+            theirs = self.base.segments(self.base.model_below(entry).model_id)
         return {
             segment.name: model.segment(segment, theirs.get(segment.name))
             for model in models
             for segment in model.descriptor.segments
         }
 
-    def model_of(self, update: ModelEntry) -> ModelEntry:
+    def model_below(self, update: ModelEntry) -> ModelEntry:
         """The model here that an update of another package is based on; the only one where roots are hidden."""
         wanted = update.update.base if update.update else None
         fitting = [model for model in self.manifest.models if model.weights_root == wanted]
         return fitting[0] if fitting else self.model(None if len(self.manifest.models) == 1 else update.model_id)
-
-    def base_weights(self, update: ModelEntry) -> Weights:
-        """The weights that an update of another package is based on."""
-        return self.weights(self.model_of(update).model_id)
 
     def is_encrypted(self, model_id: str | None = None) -> bool:
         """True where the model's data is encrypted, whether or not a key fits."""
@@ -188,7 +194,7 @@ class Package:
         envelope = self.envelope()
         return [] if envelope is None else signers(self.manifest_bytes, envelope)
 
-    def verify(self, base: "Package | None" = None, progress: Progress = ignore) -> Findings:
+    def verify(self, progress: Progress = ignore) -> Findings:
         """R-8.2.7-1: every listed file, none missing, none beside them, every tensor that can be decoded here."""
         findings = Findings(signed_by=self.signed_by)
         self._check_listing()
@@ -199,7 +205,7 @@ class Package:
             if entry.path.startswith("Model/"):
                 findings.tensors += self._verify_tensors(entry, leaves)
         for model in self.manifest.models:
-            self._verify_model(model, base, findings)
+            self._verify_model(model, findings)
         return findings
 
     def _check_listing(self) -> None:
@@ -276,7 +282,7 @@ class Package:
                 weights.check(tensor.name)
         return len(descriptor.tensors)
 
-    def _verify_model(self, model: ModelEntry, base: "Package | None", findings: Findings) -> None:
+    def _verify_model(self, model: ModelEntry, findings: Findings) -> None:
         check_management(self.content(f"Meta-info/{model.model_id}/managementinfo.json"), model.model_id)
         technical = check_technical(self.content(f"Meta-info/{model.model_id}/technicalinfo.json"), model.model_id)
         if [file["path"] for file in technical["files"]] != list(model.files):
@@ -287,13 +293,13 @@ class Package:
         elif stored[0].descriptor.base is None:
             self.weights(model.model_id)
             self.segments(model.model_id)
-        elif base is None:
+        elif self.base is None:
             findings.unread.append(f"{model.model_id}: an update, no base given")
         else:
-            weights = self.weights(model.model_id, base.base_weights(model))
+            weights = self.weights(model.model_id)
             for tensor in stored[0].descriptor.tensors:
                 weights.check(tensor.name)
-            self.segments(model.model_id, base)
+            self.segments(model.model_id)
             findings.tensors += len(stored[0].descriptor.tensors)
 
     def close(self) -> None:
@@ -322,3 +328,18 @@ def _root_from_leaves(model: StoredModel, tensor: TensorEntry, leaves: bytes) ->
     rest = model.data.read(tensor.offset + whole * PIECE_BYTES, tensor.length % PIECE_BYTES)
     own = leaves[: whole * SIZE] + leaf_hashes(model.descriptor.hash, rest, PIECE_BYTES)
     return tree_root(model.descriptor.hash, own)
+
+
+@contextmanager
+def open_stack(folders: Sequence[Path], trust: Trust | None = None, keys: Keys | None = None) -> Iterator[Package]:
+    """The last package, on those before it: a full one, then updates in order.
+
+    trust   must hold for the last one; it names the base by its digest, so the base needs no signature
+    """
+    with ExitStack() as stack:
+        package: Package | None = None
+        for folder in folders:
+            last = folder is folders[-1]
+            package = stack.enter_context(Package.open(folder, trust if last else None, keys, package))
+        assert package is not None
+        yield package

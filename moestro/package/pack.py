@@ -7,7 +7,6 @@ Every result is written aside, flushed and renamed: it is whole or absent. Nothi
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from moestro.package.codecs.registry import READERS
 from moestro.package.describe import management_info, technical_info
 from moestro.package.descriptor import TensorEntry
 from moestro.package.encrypt import Keys, Recipient, Sealer
-from moestro.package.folder import Findings, Package
+from moestro.package.folder import Findings, Package, open_stack
 from moestro.package.keys import load_signing
 from moestro.package.manifest import SIGNATURE, Manifest
 from moestro.package.sign import Trust, sign
@@ -114,18 +113,16 @@ def verify(
     folder: Path,
     trust: Trust | None = None,
     keys: Keys | None = None,
-    base: Path | None = None,
+    base: Sequence[Path] = (),
     progress: Progress = ignore,
 ) -> Findings:
     """Check everything there is: signature where a trust is given, every file, every tensor that can be decoded.
 
-    base   the package that an update needs; without it the update's tensors are checked as stored bytes only
+    base   what an update needs: a full package, then updates in order; without it only its stored bytes are checked
     raises an error of `PackageError` that names the file or tensor
     """
-    with ExitStack() as stack:
-        package = stack.enter_context(Package.open(folder, trust, keys))
-        below = None if base is None else stack.enter_context(Package.open(base, keys=keys))
-        return package.verify(below, progress)
+    with open_stack([*base, folder], trust, keys) as package:
+        return package.verify(progress)
 
 
 def unpack(
@@ -135,17 +132,14 @@ def unpack(
     *,
     trust: Trust | None = None,
     keys: Keys | None = None,
-    base: Path | None = None,
+    base: Sequence[Path] = (),
     progress: Progress = ignore,
 ) -> list[str]:
     """Write a model's files as they were before packing; returns their paths below `out`."""
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists already; models are never overwritten: choose another name")
-    with ExitStack() as stack:
-        package = stack.enter_context(Package.open(folder, trust, keys))
-        below = None if base is None else stack.enter_context(Package.open(base, keys=keys))
-        weights = package.weights(model_id, None if below is None else below.base_weights(package.model(model_id)))
-        segments = package.segments(model_id, below)
+    with open_stack([*base, folder], trust, keys) as package:
+        weights, segments = package.weights(model_id), package.segments(model_id)
         secret = package.is_encrypted(model_id)
         with folder_aside(out) as aside:
             if secret:

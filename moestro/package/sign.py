@@ -79,6 +79,12 @@ def _signatures(envelope: bytes, payload: bytes) -> list[dict[str, str]]:
     return found
 
 
+def signed_payload(envelope: bytes) -> bytes:
+    """What an envelope signs, unchecked."""
+    fields = Fields(canonical.loads_loosely(envelope, MAX_ENVELOPE_BYTES, "manifest.sig"), "manifest.sig")
+    return _decoded(fields.text("payload", MAX_ENVELOPE_BYTES))
+
+
 def _decoded(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)

@@ -128,3 +128,8 @@ def pieces(span: Span, size: int) -> Iterator[memoryview]:
 def as_bytes(array: np.ndarray) -> memoryview:
     """The bytes of an array, without copying where it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def same_bytes(left: memoryview, right: memoryview) -> bool:
+    """True where both hold the same; memoryview's own comparison takes the elements one by one."""
+    return np.array_equal(np.frombuffer(left, np.uint8), np.frombuffer(right, np.uint8))

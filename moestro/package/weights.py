@@ -12,7 +12,7 @@ import numpy as np
 
 from moestro.core.errors import BaseMismatch, FormatError, IntegrityError
 from moestro.package.codecs.registry import decoded
-from moestro.package.descriptor import Descriptor, TensorEntry, tensor_digest, weights_root
+from moestro.package.descriptor import LOSSLESS, Descriptor, TensorEntry, tensor_digest, weights_root
 from moestro.package.hashing import leaf_hashes, root_of, tree_root
 from moestro.package.limits import PIECE_BYTES
 from moestro.package.reader import StoredModel
@@ -94,7 +94,7 @@ class Weights:
 
     def _base_span(self, entry: TensorEntry) -> Span | None:
         source = str(entry.cp.get("from", entry.name)) if entry.codec == "copy" else entry.name
-        if self.base is None or source not in self.base.entries:
+        if self.base is None or entry.codec in LOSSLESS or source not in self.base.entries:
             return None
         theirs = self.base.entries[source]
         if (theirs.dtype, theirs.shape) != (entry.dtype, entry.shape):

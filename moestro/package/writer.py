@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from moestro.core.errors import ConfigError
+from moestro.core.errors import ConfigError, IntegrityError
 from moestro.core.files import cannot_write
 from moestro.package import canonical
 from moestro.package.codecs.compressor import compress
@@ -73,6 +73,8 @@ class ModelSource:
     hash: str = "sha256"
     weights_root: str = ""
     """Where it is known; else it is computed."""
+    promised_root: str = ""
+    """What must come out; IntegrityError where it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +282,8 @@ def _write_data(sink: DataSink, model: ModelSource, draft: Descriptor, payloads:
     written = [_write_tensor(sink, entry, source_of[entry.name], model.hash) for entry in draft.tensors]
     written.sort(key=lambda entry: entry.offset)
     identity = model.weights_root or weights_root(model.hash, [*written, *model.inherited])
+    if model.promised_root not in ("", identity):
+        raise IntegrityError(model.model_id, "its weights are not those that were promised")
     return replace(draft, tensors=tuple(written), weights_root=identity)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from moestro.core.errors import FormatError
 from moestro.package.codecs import contextual
-from moestro.package.codecs.long_blocks import LongBlocks, framed, ranges
+from moestro.package.codecs.long_blocks import LongBlocks, framed
 from moestro.package.codecs.symbols import apply_symbols, difference_symbols
 from moestro.package.descriptor import TensorEntry
 from moestro.package.dtypes import DataType
@@ -43,24 +43,18 @@ class Differences:
     def encode(self, tensor: TensorEntry, target: Span, base: Span | None) -> Iterator[bytes]:
         """The stored form, block by block."""
         assert base is not None
-        blocks = (pack_block(base.read(*span), target.read(*span), tensor.dtype) for span in ranges(tensor))
-        return framed(tensor, blocks)
+        return framed(tensor, target, base, lambda old, new, _: pack_block(old, new, tensor.dtype))
 
     def open(self, tensor: TensorEntry, stored: Span, base: Span | None) -> "DifferenceReader":
         """A decoder."""
         if base is None or not suits(tensor.dtype):
             raise FormatError(f"odiff-ctx does not suit {tensor.dtype.name}", where=f"tensor {tensor.name}")
-        return DifferenceReader(tensor, stored, base)
+        return DifferenceReader(tensor, stored, base, 0)
 
 
 class DifferenceReader(LongBlocks):
     """Random access to the blocks of one tensor."""
 
-    def __init__(self, tensor: TensorEntry, stored: Span, base: Span) -> None:
-        super().__init__(tensor, stored, 0)
-        self.base = base
-
-    def block(self, index: int) -> memoryview:
-        """One decoded block."""
-        base = self.base.read(*self.span(index))
-        return unpack_block(base, self.stored_block(index), self.tensor.dtype, self.where)
+    def decode(self, base: memoryview, stored: memoryview, start: int) -> memoryview:
+        """One block."""
+        return unpack_block(base, stored, self.tensor.dtype, self.where)

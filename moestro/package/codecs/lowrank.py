@@ -15,7 +15,7 @@ import numpy as np
 
 from moestro.core.errors import FormatError
 from moestro.package.codecs.differences import pack_block, suits, unpack_block
-from moestro.package.codecs.long_blocks import LongBlocks, framed, ranges
+from moestro.package.codecs.long_blocks import LongBlocks, framed
 from moestro.package.codecs.numbers import add_product
 from moestro.package.descriptor import TensorEntry
 from moestro.package.spans import Span
@@ -70,12 +70,12 @@ class LowRank:
         """The stored form, block by block."""
         assert base is not None
         assert self.factors is not None
-        return chain([self.factors.stored()], framed(tensor, self._blocks(self.factors, tensor, target, base)))
+        factors = self.factors
 
-    def _blocks(self, factors: Factors, tensor: TensorEntry, target: Span, base: Span) -> Iterator[bytes]:
-        for start, count in ranges(tensor):
-            prediction = predict(factors, base.read(start, count), start, tensor)
-            yield pack_block(prediction, target.read(start, count), tensor.dtype)
+        def pack(old: memoryview, new: memoryview, start: int) -> bytes:
+            return pack_block(predict(factors, old, start, tensor), new, tensor.dtype)
+
+        return chain([factors.stored()], framed(tensor, target, base, pack))
 
     def open(self, tensor: TensorEntry, stored: Span, base: Span | None) -> "LowRankReader":
         """A decoder."""
@@ -101,14 +101,11 @@ class LowRankReader(LongBlocks):
         p_bytes, q_bytes = batch * rows * rank * item.itemsize, batch * rank * columns * item.itemsize
         if p_bytes + q_bytes > stored.length:
             raise FormatError(f"factors of rank {rank} run past the end", where=f"tensor {tensor.name}")
-        super().__init__(tensor, stored, p_bytes + q_bytes)
-        self.base = base
+        super().__init__(tensor, stored, base, p_bytes + q_bytes)
         p = np.frombuffer(stored.read(0, p_bytes), item).astype(np.float32)
         q = np.frombuffer(stored.read(p_bytes, q_bytes), item).astype(np.float32)
         self.factors = Factors(p.reshape(batch, rows, rank), q.reshape(batch, rank, columns), kind)
 
-    def block(self, index: int) -> memoryview:
-        """One decoded block."""
-        start, count = self.span(index)
-        prediction = predict(self.factors, self.base.read(start, count), start, self.tensor)
-        return unpack_block(prediction, self.stored_block(index), self.tensor.dtype, self.where)
+    def decode(self, base: memoryview, stored: memoryview, start: int) -> memoryview:
+        """One block."""
+        return unpack_block(predict(self.factors, base, start, self.tensor), stored, self.tensor.dtype, self.where)

@@ -15,7 +15,7 @@ import numpy as np
 from moestro.core.errors import FormatError
 from moestro.package.codecs import contextual
 from moestro.package.codecs.differences import suits
-from moestro.package.codecs.long_blocks import LongBlocks, framed, ranges
+from moestro.package.codecs.long_blocks import LongBlocks, framed
 from moestro.package.codecs.numbers import add_scaled, per_element, to_float32
 from moestro.package.descriptor import TensorEntry
 from moestro.package.spans import Span
@@ -41,29 +41,42 @@ def quantise(delta: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
     return np.clip(np.nan_to_num(codes), -most, most).astype(np.int8)
 
 
+DEAD_ZONE = 0.6
+"""Differences below this many steps become zero; 0.5 would be plain rounding."""
+
+
+def dead_zone(delta: np.ndarray, step: np.float32) -> np.ndarray:
+    """int8 codes by an even quantiser with a wider zero; the encoder's choice, unknown to decoders."""
+    size = np.abs(delta) / step
+    codes = np.minimum(np.floor(size + np.float32(1 - DEAD_ZONE)), 127)
+    return np.copysign(codes, delta).astype(np.int8)
+
+
 class Quantised:
-    """The codec; encoding needs scales, which the caller chooses for a rate or an error."""
+    """The codec; encoding needs scales, which the caller chooses for a rate or an error.
+
+    step   where given, codes come from `dead_zone` with this step; else by rounding delta / scale
+    """
 
     name = "qres"
 
-    def __init__(self, scales: np.ndarray | None = None) -> None:
-        self.scales = scales
+    def __init__(self, scales: np.ndarray | None = None, step: np.float32 | None = None) -> None:
+        self.scales, self.step = scales, step
 
     def encode(self, tensor: TensorEntry, target: Span, base: Span | None) -> Iterator[bytes]:
         """The stored form, block by block; decoding gives B', not the target."""
         assert base is not None
         assert self.scales is not None
-        return chain([self.scales.astype("<f4").tobytes()], framed(tensor, self._blocks(tensor, target, base)))
+        scales, step, bits, group = self.scales, self.step, int(tensor.cp["bits"]), int(tensor.cp["group"])
 
-    def _blocks(self, tensor: TensorEntry, target: Span, base: Span) -> Iterator[bytes]:
-        bits, group = int(tensor.cp["bits"]), int(tensor.cp["group"])
-        assert self.scales is not None
-        for start, count in ranges(tensor):
-            a, b = base.read(start, count), target.read(start, count)
-            delta = to_float32(b, tensor.dtype) - to_float32(a, tensor.dtype)
-            scale = per_element(self.scales, group, start // tensor.dtype.item_bytes, len(delta))
-            symbols = (quantise(delta, scale, bits).astype(np.int16) + OFFSET).astype(np.uint8)
-            yield contextual.pack(symbols, contextual.exponents(a, tensor.dtype))
+        def pack(old: memoryview, new: memoryview, start: int) -> bytes:
+            delta = to_float32(new, tensor.dtype) - to_float32(old, tensor.dtype)
+            scale = per_element(scales, group, start // tensor.dtype.item_bytes, len(delta))
+            codes = quantise(delta, scale, bits) if step is None else dead_zone(delta, step)
+            symbols = (codes.astype(np.int16) + OFFSET).astype(np.uint8)
+            return contextual.pack(symbols, contextual.exponents(old, tensor.dtype))
+
+        return chain([scales.astype("<f4").tobytes()], framed(tensor, target, base, pack))
 
     def open(self, tensor: TensorEntry, stored: Span, base: Span | None) -> "QuantisedReader":
         """A decoder."""
@@ -81,19 +94,14 @@ class QuantisedReader(LongBlocks):
         head = 4 * groups(tensor, self.group)
         if head > stored.length:
             raise FormatError("scales run past the end", where=f"tensor {tensor.name}")
-        super().__init__(tensor, stored, head)
-        self.base = base
+        super().__init__(tensor, stored, base, head)
         self.scales = np.frombuffer(stored.read(0, head), "<f4").astype(np.float32)
         if not np.isfinite(self.scales).all():
             raise FormatError("a scale is not a finite number", where=self.where)
 
-    def block(self, index: int) -> memoryview:
-        """One decoded block."""
-        start, count = self.span(index)
-        base = self.base.read(start, count)
-        symbols, rest = contextual.unpack(
-            self.stored_block(index), contextual.exponents(base, self.tensor.dtype), self.where
-        )
+    def decode(self, base: memoryview, stored: memoryview, start: int) -> memoryview:
+        """One block."""
+        symbols, rest = contextual.unpack(stored, contextual.exponents(base, self.tensor.dtype), self.where)
         codes = symbols.astype(np.int16) - OFFSET
         most = max(1, (1 << (self.bits - 1)) - 1)
         if len(rest) or (np.abs(codes) > most).any():

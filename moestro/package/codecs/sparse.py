@@ -12,7 +12,7 @@ import numpy as np
 
 from moestro.core.errors import FormatError
 from moestro.package.codecs.compressor import compress, decompress
-from moestro.package.codecs.long_blocks import LongBlocks, framed, ranges
+from moestro.package.codecs.long_blocks import LongBlocks, framed
 from moestro.package.descriptor import TensorEntry
 from moestro.package.spans import Span, as_bytes
 
@@ -30,12 +30,12 @@ class Sparse:
         """The stored form, block by block."""
         assert base is not None
         width = tensor.dtype.item_bytes
-        return framed(tensor, (_pack(base.read(*s), target.read(*s), width) for s in ranges(tensor)))
+        return framed(tensor, target, base, lambda old, new, _: _pack(old, new, width))
 
     def open(self, tensor: TensorEntry, stored: Span, base: Span | None) -> "SparseReader":
         """A decoder."""
         assert base is not None
-        return SparseReader(tensor, stored, base)
+        return SparseReader(tensor, stored, base, 0)
 
 
 def _pack(base: memoryview, target: memoryview, width: int) -> bytes:
@@ -50,14 +50,10 @@ def _pack(base: memoryview, target: memoryview, width: int) -> bytes:
 class SparseReader(LongBlocks):
     """Random access to the blocks of one tensor."""
 
-    def __init__(self, tensor: TensorEntry, stored: Span, base: Span) -> None:
-        super().__init__(tensor, stored, 0)
-        self.base = base
-
-    def block(self, index: int) -> memoryview:
-        """One decoded block."""
-        stored, width = self.stored_block(index), self.tensor.dtype.item_bytes
-        out = np.frombuffer(self.base.read(*self.span(index)), f"<u{width}").copy()
+    def decode(self, base: memoryview, stored: memoryview, start: int) -> memoryview:
+        """One block."""
+        width = self.tensor.dtype.item_bytes
+        out = np.frombuffer(base, f"<u{width}").copy()
         if len(stored) < HEAD.size:
             raise FormatError("a block ends inside its head", where=self.where)
         changed, gap_bytes, stored_gaps, stored_values = HEAD.unpack_from(stored)
