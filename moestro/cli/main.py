@@ -24,6 +24,7 @@ from moestro.cli import (
     serve_packages,
     token,
     train,
+    update,
 )
 from moestro.core.errors import Error
 
@@ -43,6 +44,9 @@ app.command("export")(export_model.export_model)
 app.command("serve-packages")(serve_packages.serve_packages)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
+app.command("update")(update.update)
+app.command("rollback")(update.rollback)
+app.command("watch")(update.watch)
 app.add_typer(token.app, name="token")
 app.command("doctor")(doctor.doctor)
 

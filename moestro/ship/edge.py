@@ -29,7 +29,8 @@ from moestro.package.paths import check_model_id
 SCHEMA = "moestro/edge/1"
 STATE, ACTIVE, VERSIONS, LOCK = "state.json", "active", "versions", "lock"
 PLANNED, FETCHING, COMPLETE, VERIFIED, PATCHED = "planned", "fetching", "complete", "verified", "patched"
-NEXT = {PLANNED: 0, FETCHING: 1, COMPLETE: 2, VERIFIED: 3, PATCHED: 4}
+STAGE = ".stage" + ASIDE
+"""Ending of folders where files gather; they outlive a crash."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +40,13 @@ class Version:
     __pydantic_config__ = STRICT
     sequence: int
     package_root: str
-    """Of the release as it was published: the full package, or the last update applied."""
+    """Of the package in `folder`."""
     folder: str
     """Below versions/."""
     weights: dict[str, str | None]
     """weights_root of each model by its id."""
-    chain: int = 0
-    """Residual updates applied since the last full package."""
+    quantised: bool = False
+    """True where an update that loses some bits led here; its package_root is then the device's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,18 +120,20 @@ class Edge:
             os.close(handle)
 
     def recover(self) -> None:
-        """Make the link agree with the state; remove versions that the state does not name."""
+        """Make the link agree with the state; remove what neither a version nor an unfinished installation needs."""
         state = self.state
         self._link(state)
         kept = {version.folder for version in (state.active, state.previous) if version}
         for path in (self.root / VERSIONS).iterdir():
-            is_stage = path.name.endswith(ASIDE)  # chunks of the next version: kept
-            if path.name not in kept and not (is_stage and ".stage" in path.name):
+            half_written = path.name.endswith(ASIDE) and not path.name.endswith(STAGE)
+            if path.name not in kept and (state.installing is None or half_written):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _link(self, state: State) -> None:
-        link, wanted = self.root / ACTIVE, state.active and f"{VERSIONS}/{state.active.folder}"
-        if wanted is None or (link.is_symlink() and os.readlink(link) == wanted):
+        if state.active is None:
+            return
+        link, wanted = self.root / ACTIVE, f"{VERSIONS}/{state.active.folder}"
+        if link.is_symlink() and os.readlink(link) == wanted:
             return
         aside = self.root / (ACTIVE + ASIDE)
         try:
@@ -146,8 +149,13 @@ class Edge:
         return self.root / VERSIONS / version.folder
 
     def note(self, sequence: int, package_root: str, step: str) -> None:
-        """Write down how far an installation is."""
-        self.write(replace(self.state, installing=Installing(sequence=sequence, package_root=package_root, state=step)))
+        """Write down how far an installation is; beginning another one drops what the former had gathered."""
+        state = self.state
+        former = state.installing
+        if former and (former.sequence, former.package_root) != (sequence, package_root):
+            self.write(replace(state, installing=None))
+            self.recover()
+        self.write(replace(state, installing=Installing(sequence=sequence, package_root=package_root, state=step)))
 
     def switch(self, version: Version) -> State:
         """Make a version active that lies whole, verified and flushed in its folder."""
@@ -181,9 +189,7 @@ class Edge:
             if found != state.previous.weights:
                 raise RollbackError(f"{self.folder(state.previous)} holds other weights than were installed there")
             held_back = tuple(sorted({*state.held_back, state.active.sequence}))
-            after = replace(
-                state, active=state.previous, previous=state.active, held_back=held_back, installing=None
-            )
+            after = replace(state, active=state.previous, previous=state.active, held_back=held_back, installing=None)
             self.write(after)
             self.recover()
             return after

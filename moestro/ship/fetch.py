@@ -107,6 +107,10 @@ class LocalChunks:
                     leaf = leaves[number * SIZE : (number + 1) * SIZE]
                     self._at[manifest.hash, leaf] = folder, entry.path, number * blob.chunk_size, blob.chunk_size
 
+    def knows(self, hash_name: str, leaf: bytes) -> bool:
+        """True where some package here lists that chunk."""
+        return (hash_name, leaf) in self._at
+
     def read(self, hash_name: str, leaf: bytes) -> bytes | None:
         """The chunk, or None where it is unknown or no longer what it was."""
         found = self._at.get((hash_name, leaf))

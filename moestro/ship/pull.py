@@ -22,10 +22,9 @@ from moestro.package.manifest import MANIFEST, SIGNATURE, Manifest
 from moestro.package.paths import check_model_id
 from moestro.package.sign import Trust
 from moestro.ship.catalogue import FULL, expired, kind_of
+from moestro.ship.edge import STAGE
 from moestro.ship.fetch import LocalChunks, Progress, Silent, Stage, Traffic, fetch, flush_tree
 from moestro.ship.transport import Connection, Server
-
-STAGE = ".stage" + ASIDE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,10 +150,12 @@ def receive(
     known: Sequence[Path] = (),
     progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    complete: Callable[[], None] = lambda: None,
 ) -> Pulled:
     """Fetch the files of a manifest and put the package at `out`, whole and verified or not at all.
 
-    known   packages that are here, whose chunks are used
+    known      packages that are here, whose chunks are used
+    complete   called once every chunk is here, before the package is put together
     """
     progress = progress or Silent()
     stage = Stage(stage_of(out), found.manifest)
@@ -164,6 +165,7 @@ def receive(
     traffic.add(fetch(server, stage, progress, stopped=stopped))
     if stopped():
         raise StoppedError("stopped; what was fetched stays and is used next time")
+    complete()
     aside = out.with_name(out.name + ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     try:
