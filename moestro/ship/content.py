@@ -9,6 +9,7 @@ thread, so that one slow disk read delays one client only.
 import asyncio
 import contextlib
 import re
+from collections.abc import AsyncIterator
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -17,6 +18,8 @@ from moestro.ship.gate import Bucket, Message, Receive, Send
 from moestro.ship.metrics import Metrics
 from moestro.ship.store import Blob, Store
 
+PIECE_BYTES = 256 << 10
+"""Small enough that hundreds of clients take turns quickly, large enough to be cheap."""
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -71,10 +74,7 @@ class BlobAnswer:
     async def _send(self, start: int, stop: int, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            for key, begin, end in self.store.spans(self.blob, self.leaves, start, stop):
-                data = self.store.objects.read_now(key, begin, end)
-                if data is None:
-                    data = await asyncio.to_thread(self.store.objects.read, key, begin, end)
+            async for data in self._pieces(start, stop):
                 start += len(data)
                 while self.bucket and (wait_s := self.bucket.wait_s(len(data))):
                     await asyncio.sleep(wait_s)
@@ -90,6 +90,17 @@ class BlobAnswer:
             gone.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await gone
+
+    async def _pieces(self, start: int, stop: int) -> AsyncIterator[bytes]:
+        for key, begin, end in self.store.spans(self.blob, self.leaves, start, stop):
+            opened = self.store.objects.opened(key, begin, end)
+            try:
+                for at in range(begin, end, PIECE_BYTES):
+                    last = min(at + PIECE_BYTES, end)
+                    data = opened.now(at, last)
+                    yield await asyncio.to_thread(opened.read, at, last) if data is None else data
+            finally:
+                opened.close()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -31,8 +31,8 @@ class Objects(Protocol):
         """Bytes [start, stop); raises StorageError where the object is missing or shorter."""
         ...
 
-    def read_now(self, key: str, start: int, stop: int) -> bytes | None:
-        """The same without waiting for a disk or network; None where that is not possible."""
+    def opened(self, key: str, start: int, stop: int) -> "Opened":
+        """An object to be read piece by piece within [start, stop)."""
         ...
 
     def exists(self, key: str) -> bool: ...
@@ -40,6 +40,58 @@ class Objects(Protocol):
     def keys(self, prefix: str) -> Iterator[tuple[str, int, float]]:
         """(key, bytes, time of last change in seconds) of each object."""
         ...
+
+
+class Opened(Protocol):
+    """One object being read; close it."""
+
+    def now(self, start: int, stop: int) -> bytes | None:
+        """Bytes [start, stop) without waiting for a disk or network; None where that is not possible."""
+        ...
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The same, however long it takes; raises StorageError where the object is missing or shorter."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OpenedFile:
+    """A file of `FileObjects`."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(f"object {path} is missing: {error.strerror}") from error
+        self._probe = bytearray(1)
+
+    def now(self, start: int, stop: int) -> bytes | None:
+        """Where the last byte lies in the page cache, so do, as a rule, those before it."""
+        if NO_WAIT is None:
+            return None
+        try:
+            if os.preadv(self._handle, (self._probe,), stop - 1, NO_WAIT) != 1:
+                return None
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                return None
+            raise
+        return self.read(start, stop)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """All of it, or StorageError."""
+        data = os.pread(self._handle, stop - start, start)
+        if len(data) != stop - start:
+            raise StorageError("an object of the store is shorter than it was; run moestro collect-garbage --scrub")
+        return data
+
+    def close(self) -> None:
+        """Let go."""
+        os.close(self._handle)
+
+
+NO_WAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
 
 class FileObjects:
@@ -81,26 +133,15 @@ class FileObjects:
             self._made.add(folder)
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        return self._read(key, start, stop, 0) or b""
-
-    def read_now(self, key: str, start: int, stop: int) -> bytes | None:
-        return self._read(key, start, stop, getattr(os, "RWF_NOWAIT", None))
-
-    def _read(self, key: str, start: int, stop: int, flags: int | None) -> bytes | None:
-        """None where the page cache lacks some of it and flags forbid to wait."""
-        if flags is None:
-            return None
+        opened = self.opened(key, start, stop)
         try:
-            handle = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise StorageError(f"object {key} is missing in {self.folder}: {error.strerror}") from error
-        try:
-            data = os.pread(handle, stop - start, start) if not flags else _read_cached(handle, start, stop, flags)
+            return opened.read(start, stop)
         finally:
-            os.close(handle)
-        if flags == 0 and data is not None and len(data) != stop - start:
-            raise StorageError(f"object {key} in {self.folder} is shorter than it was")
-        return data
+            opened.close()
+
+    def opened(self, key: str, start: int, stop: int) -> OpenedFile:
+        kind, _, name = key.partition("/")
+        return OpenedFile(f"{self.folder}/{kind}/{name[:2]}/{name}")
 
     def exists(self, key: str) -> bool:
         return self._path(key).exists()
@@ -115,15 +156,25 @@ class FileObjects:
                 yield f"{prefix}/{path.name}", status.st_size, status.st_mtime
 
 
-def _read_cached(handle: int, start: int, stop: int, flags: int) -> bytes | None:
-    buffer = bytearray(stop - start)
-    try:
-        count = os.preadv(handle, [buffer], start, flags)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
-            return None
-        raise
-    return bytes(buffer) if count == len(buffer) else None
+class Fetched:
+    """An object of a bucket, asked for once."""
+
+    def __init__(self, objects: "S3Objects", key: str, start: int, stop: int) -> None:
+        self._objects, self._key, self._start, self._stop = objects, key, start, stop
+        self._data: bytes | None = None
+
+    def now(self, start: int, stop: int) -> bytes | None:
+        """Once it is here."""
+        return None if self._data is None else self._data[start - self._start : stop - self._start]
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Fetch all of it first."""
+        if self._data is None:
+            self._data = self._objects.read(self._key, self._start, self._stop)
+        return self._data[start - self._start : stop - self._start]
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 class S3Objects:
@@ -169,8 +220,8 @@ class S3Objects:
             raise StorageError(f"object {key} in {self.bucket} is shorter than it was")
         return data
 
-    def read_now(self, key: str, start: int, stop: int) -> bytes | None:
-        return None
+    def opened(self, key: str, start: int, stop: int) -> Fetched:
+        return Fetched(self, key, start, stop)
 
     def exists(self, key: str) -> bool:
         return self._call("head_object", missing_ok=True, Key=self.prefix + key) is not None

@@ -23,9 +23,6 @@ from moestro.package.paths import check_model_id
 from moestro.ship.database import Database
 from moestro.ship.objects import Objects, open_objects
 
-READ_BYTES = 256 << 10
-"""Pieces that a response is written in: small enough that hundreds of clients take turns quickly."""
-
 TOUCH_EVERY = 32
 """Received chunks after which an upload counts as alive again."""
 
@@ -116,10 +113,10 @@ class Store:
         return leaves
 
     def spans(self, blob: Blob, leaves: bytes, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        """(key, from, to) of the objects' parts that make bytes [start, stop), none longer than READ_BYTES."""
+        """(key, from, to) of the objects' parts that make bytes [start, stop)."""
         while start < stop:
             number, inside = divmod(start, blob.chunk_size)
-            count = min(blob.chunk_bytes(number) - inside, stop - start, READ_BYTES)
+            count = min(blob.chunk_bytes(number) - inside, stop - start)
             yield _chunk_key(leaves, number), inside, inside + count
             start += count
 
