@@ -1,16 +1,12 @@
 """Versions on a device, against a real server: switching, rolling back, updates by residuals, what is refused."""
 
-import json
-import os
 from pathlib import Path
 
 import pytest
-from package.samples import contents, save_model, tensors
-from ship.conftest import Make, Running, Serve
+from package.samples import contents
+from ship.conftest import Make, Serve
 
-from moestro.core.errors import RefusalError, RollbackError, SignatureError
-from moestro.package.api import Options, Release, Trust, pack, save_pair, new_key, sign_package
-from moestro.package.residual import diff
+from moestro.core.errors import RefusalError
 from moestro.ship.edge import Edge
 from moestro.ship.install import CURRENT, HELD_BACK, INSTALLED, How, roll_back, update
 from moestro.ship.pull import Guard
