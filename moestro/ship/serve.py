@@ -27,6 +27,7 @@ from moestro.ship.tokens import new_token
 HEADER_BYTES = 64 << 10
 HEADER_S = 20
 """Time for the whole head of a request."""
+BACKLOG = 2048
 DRAIN_S = 5
 """Answers under way get this long when the server stops."""
 
@@ -141,6 +142,7 @@ def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((settings.host, settings.port))
+            listener.listen(BACKLOG)  # before anybody is told the address
         except OSError as error:
             raise ConfigError(
                 f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}; choose another with --port"
