@@ -12,19 +12,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from moestro import __version__
 from moestro.cli import (
+    apply,
+    diff,
     doctor,
+    encrypt,
     evaluate,
     export_model,
     generate,
     import_model,
+    inspect_package,
+    oci,
+    pack,
     pull,
     push,
     report,
     resume,
     serve_packages,
+    sign,
     token,
     train,
+    unpack,
     update,
+    verify,
 )
 from moestro.core.errors import Error
 
@@ -41,6 +50,18 @@ app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("import")(import_model.import_model)
 app.command("export")(export_model.export_model)
+app.command("pack")(pack.pack)
+app.command("inspect")(inspect_package.inspect)
+app.command("verify")(verify.verify)
+app.command("unpack")(unpack.unpack)
+app.command("diff")(diff.diff)
+app.command("apply")(apply.apply)
+app.command("sign")(sign.sign)
+app.command("keygen")(sign.keygen)
+app.command("encrypt")(encrypt.encrypt)
+app.command("decrypt")(encrypt.decrypt)
+app.command("to-oci")(oci.to_oci)
+app.command("from-oci")(oci.from_oci)
 app.command("serve-packages")(serve_packages.serve_packages)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)

@@ -5,11 +5,14 @@
 
 A folder has `model.safetensors`, or `model.safetensors.index.json` with a map from tensors to shards. Format: 8 bytes
 of header length, a JSON header of types, shapes and offsets, the numbers (huggingface/safetensors, README). Torch-free.
+
+Headers are read here by the safetensors library; `package.safetensors` reads them once more by itself, because a
+package must give back the very bytes of a header, and refuse what is hostile with its own errors.
 """
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -144,12 +147,7 @@ def write_tensors(
 def _write_shard(file: BinaryIO, entries: Sequence[Entry], content: Callable[[str], memoryview]) -> None:
     """Wider types first, so that every tensor starts at a multiple of its item size."""
     ordered = sorted(entries, key=lambda entry: (-ITEM_BYTES[entry.dtype], entry.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for entry, start in zip(ordered, _starts(ordered), strict=True):
-        span = [start, start + entry.size_bytes]
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": span}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text = header_text([(entry.name, entry.dtype, entry.shape, entry.size_bytes) for entry in ordered])
     file.write(struct.pack("<Q", len(text)) + text)
     for entry in ordered:
         data = content(entry.name)
@@ -157,8 +155,15 @@ def _write_shard(file: BinaryIO, entries: Sequence[Entry], content: Callable[[st
         file.write(data)
 
 
-def _starts(entries: Sequence[Entry]) -> Iterator[int]:
+def header_text(ordered: Sequence[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """The JSON header of a file, padded.
+
+    ordered   name, type as safetensors names it, shape and bytes of each tensor, in order of their data
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for entry in entries:
-        yield start
-        start += entry.size_bytes
+    for name, dtype, shape, size_bytes in ordered:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + size_bytes]}
+        start += size_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % ALIGNMENT)

@@ -14,6 +14,7 @@ from moestro.package.encrypt import Kek, Keys, Password
 from moestro.package.folder import Findings, Package
 from moestro.package.keys import load_receiving, load_recipient, load_signing, new_key, save_pair
 from moestro.package.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update
+from moestro.package.oci import from_oci, to_oci
 from moestro.package.pack import Options, Packed, pack, sign_package, unpack, verify
 from moestro.package.reseal import decrypt, encrypt
 from moestro.package.residual import Report, apply, diff
@@ -44,6 +45,7 @@ __all__ = [
     "decrypt",
     "diff",
     "encrypt",
+    "from_oci",
     "load_receiving",
     "load_recipient",
     "load_signing",
@@ -52,6 +54,7 @@ __all__ = [
     "pack",
     "save_pair",
     "sign_package",
+    "to_oci",
     "unpack",
     "verify",
 ]

@@ -8,6 +8,7 @@ here reads a clock, a host name or the order of a directory.
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +19,26 @@ from moestro.core.files import folder_aside
 from moestro.package import canonical
 from moestro.package.describe import dumps
 from moestro.package.descriptor import Shard, weights_root
+from moestro.package.encrypt import Sealer
 from moestro.package.fields import DATE
-from moestro.package.hashing import SIZE, digest, tree_root
+from moestro.package.hashing import SIZE, check_hash, digest, tree_root
 from moestro.package.layout import SUFFIX
 from moestro.package.limits import CHUNK_BYTES, MAX_JSON_INT
 from moestro.package.manifest import CHUNKS, MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update, sorted_files
 from moestro.package.paths import check_model_id, list_below
 from moestro.package.sink import file_leaves
-from moestro.package.writer import ModelSource, Seal, TensorSource, WrittenFile, write_model_file
+from moestro.package.writer import ModelSource, TensorSource, WrittenFile, write_model_file
 
 EPOCH = "1970-01-01T00:00:00Z"
 """created_at unless the user or SOURCE_DATE_EPOCH says otherwise: the same package twice has the same bytes."""
+
+
+def release_time() -> str:
+    """created_at from SOURCE_DATE_EPOCH (reproducible-builds.org), or EPOCH where that is not set."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", "0")
+    if not text.isdigit() or len(text) > 11:
+        raise ConfigError(f"SOURCE_DATE_EPOCH is {text!r}; it must be seconds since 1970")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(text)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +54,7 @@ class Release:
 
     def __post_init__(self) -> None:
         check_model_id(self.package_id, "package_id")
+        check_hash(self.hash)
         if not 1 <= self.sequence <= MAX_JSON_INT:
             raise ConfigError(f"sequence is {self.sequence}; it must be in 1..2^53")
         for name, value in (("created_at", self.created_at), ("expires_at", self.expires_at)):
@@ -68,7 +79,7 @@ def build(
     contents: Sequence[Content],
     release: Release,
     program: Path | None = None,
-    seal: Callable[[str], Seal] | None = None,
+    seal: Callable[[str], Sealer] | None = None,
     envelope: Callable[[bytes], bytes | None] | None = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
@@ -101,7 +112,7 @@ class _Builder:
         self.root, self.release = root, release
         self.files: list[FileEntry] = []
 
-    def add_model(self, content: Content, seal: Callable[[str], Seal] | None) -> ModelEntry:
+    def add_model(self, content: Content, seal: Callable[[str], Sealer] | None) -> ModelEntry:
         shards = content.shards
         model_id = shards[0].model_id
         folder = self.root / "Model" / model_id

@@ -18,11 +18,12 @@ from typing import Any, Protocol
 
 from moestro.core.errors import ConfigError, DecryptionError, FormatError, LimitExceeded, UnsupportedVersion
 from moestro.package import canonical
+from moestro.package.bulk import write_all
 from moestro.package.fields import Fields
-from moestro.package.hashing import Buffer
+from moestro.package.hashing import Buffer, leaf_hashes
 from moestro.package.keys import PrivateKey, PublicKey, key_of_kek
 from moestro.package.limits import CHUNK_BYTES, MAX_FILE_BYTES, MAX_RECIPIENTS
-from moestro.package.sink import write_all
+from moestro.package.sink import Sink
 from moestro.package.spans import Span
 
 TAG_BYTES = 16
@@ -38,8 +39,8 @@ FAILED = "decryption failed: wrong key, or the encrypted bytes were changed"
 class Cipher(Protocol):
     """An authenticated cipher with 12-byte nonces and 16-byte tags."""
 
-    def encrypt(self, nonce: bytes, data: Buffer, associated: bytes) -> bytes: ...
-    def decrypt(self, nonce: bytes, data: Buffer, associated: bytes) -> bytes: ...
+    def encrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer) -> int: ...
+    def decrypt(self, nonce: bytes, data: Buffer, associated_data: bytes) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +103,17 @@ class _Sm4:
         except UnsupportedAlgorithm as error:
             raise UnsupportedVersion("suite is SM4GCM, which this machine's OpenSSL lacks; use A256GCM") from error
 
-    def encrypt(self, nonce: bytes, data: Buffer, associated: bytes) -> bytes:
+    def encrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer) -> int:
         run = self._mode(nonce).encryptor()
-        run.authenticate_additional_data(associated)
-        return run.update(data) + run.finalize() + run.tag
+        run.authenticate_additional_data(associated_data)
+        sealed = run.update(data) + run.finalize() + run.tag
+        memoryview(buf)[:] = sealed
+        return len(sealed)
 
-    def decrypt(self, nonce: bytes, data: Buffer, associated: bytes) -> bytes:
+    def decrypt(self, nonce: bytes, data: Buffer, associated_data: bytes) -> bytes:
         view = memoryview(data)
         run = self._mode(nonce, bytes(view[-TAG_BYTES:])).decryptor()
-        run.authenticate_additional_data(associated)
+        run.authenticate_additional_data(associated_data)
         return run.update(view[:-TAG_BYTES]) + run.finalize()
 
 
@@ -148,6 +151,17 @@ def associated_data(suite: str, salt: bytes, model_id: str) -> bytes:
     return sha256(canonical.dumps(table)).digest()
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where ciphertext goes."""
+
+    handle: int
+    path: Path
+    start: int
+    """Byte of the file; a multiple of 4096."""
+    hash: str
+
+
 class Sealer:
     """Makes the envelope and ciphertext of one model."""
 
@@ -167,6 +181,7 @@ class Sealer:
         self.recipients = wrapped_for(recipients, self.dek, model_id)
         self.associated = associated_data(suite, self.salt, model_id)
         self.cipher = _cipher(suite, derive(self.dek, self.salt, b"PTMF/1 payload", SUITES[suite]))
+        self._out = memoryview(bytearray(CHUNK_BYTES + TAG_BYTES))
 
     def envelope(self, plain_length: int) -> dict[str, Any]:
         """The descriptor's `encryption`."""
@@ -174,16 +189,25 @@ class Sealer:
         table |= {"recipients": self.recipients}
         return table | {"mac": envelope_mac(self.dek, table)}
 
-    def stream(self, handle: int, path: Path, start: int, head_bytes: int) -> "EncryptingStream":
+    def stream(self, place: Place, head_bytes: int) -> "EncryptingStream":
         """A sink for the plaintext after the first `head_bytes`."""
-        return EncryptingStream(self, handle, path, start, head_bytes)
+        return EncryptingStream(self, place, head_bytes)
+
+    def seal(self, index: int, chunk: Buffer, last: bool) -> memoryview:
+        """One chunk and its tag; valid until the next call."""
+        sealed = self._out[: len(chunk) + TAG_BYTES]
+        self.cipher.encrypt_into(nonce_of(index, last), chunk, self.associated, sealed)
+        return sealed
 
 
 class EncryptingStream:
-    """Seals chunks as they fill; those that hold the head stay in memory until it is known."""
+    """Seals chunks as they fill; those that hold the head stay in memory until it is known.
 
-    def __init__(self, sealer: Sealer, handle: int, path: Path, start: int, head_bytes: int) -> None:
-        self.sealer, self.handle, self.path, self.start = sealer, handle, path, start
+    Ciphertext from the first whole MiB after the head on goes through a sink, which hashes it on its way.
+    """
+
+    def __init__(self, sealer: Sealer, place: Place, head_bytes: int) -> None:
+        self.sealer, self.place = sealer, place
         self.length = 0
         """Plaintext bytes after the head."""
         self._head_bytes = head_bytes
@@ -192,7 +216,12 @@ class EncryptingStream:
         self._first_room = -head_bytes % CHUNK_BYTES
         self._staged = bytearray()
         """At most one chunk, and the last one until the end is known, since it is sealed as the last."""
-        self._next = -(-head_bytes // CHUNK_BYTES)
+        self._next = num_head = -(-head_bytes // CHUNK_BYTES)
+        self._edge = bytearray()
+        """Ciphertext between the head's chunks and where the sink begins."""
+        self._edge_room = CHUNK_BYTES - TAG_BYTES * num_head
+        os.lseek(place.handle, place.start + (num_head + 1) * CHUNK_BYTES, os.SEEK_SET)
+        self._sink = Sink(place.handle, place.path, place.hash, CHUNK_BYTES, direct=True)
 
     def write(self, data: Buffer, leaves: bytes | None = None) -> None:
         """Append plaintext."""
@@ -207,10 +236,10 @@ class EncryptingStream:
             self._seal(self._staged, last=False)
             self._staged = bytearray()
             view = view[room:]
-        whole = max(len(view) - 1, 0) // CHUNK_BYTES * CHUNK_BYTES
-        if whole:
-            self._seal(view[:whole], last=False)
-        self._staged += view[whole:]
+        while len(view) > CHUNK_BYTES:
+            self._seal(view[:CHUNK_BYTES], last=False)
+            view = view[CHUNK_BYTES:]
+        self._staged += view
 
     def pad_to(self, length: int) -> None:
         """Append zero bytes up to a length."""
@@ -220,24 +249,27 @@ class EncryptingStream:
         """Leaves of plaintext are of no use here."""
         return False
 
-    def close(self, head: bytes) -> int:
-        """Seal what is left, then the chunks with the head; returns stored bytes."""
+    def close(self, head: bytes) -> tuple[int, bytes]:
+        """Seal what is left, then the chunks with the head; returns stored bytes and leaf hashes of their chunks."""
         assert len(head) == self._head_bytes
         if self._staged:
             self._seal(self._staged, last=True)
-        self._next = 0
-        self._seal(head + self._first, last=self.length <= self._first_room)
-        return stored_bytes(len(head) + self.length)
+        leaves, place = self._sink.finish(), self.place
+        front, plain = bytearray(), memoryview(head + self._first)
+        for index, start in enumerate(range(0, len(plain), CHUNK_BYTES)):
+            last = self.length <= self._first_room and start + CHUNK_BYTES >= len(plain)
+            front += self.sealer.seal(index, plain[start : start + CHUNK_BYTES], last)
+        front += self._edge
+        os.lseek(place.handle, place.start, os.SEEK_SET)
+        write_all(place.handle, front, place.path)
+        return stored_bytes(len(head) + self.length), leaf_hashes(place.hash, front, CHUNK_BYTES) + leaves
 
-    def _seal(self, data: Buffer, last: bool) -> None:
-        """Whole chunks, or with `last` up to the end."""
-        view = memoryview(data)
-        os.lseek(self.handle, self.start + self._next * (CHUNK_BYTES + TAG_BYTES), os.SEEK_SET)
-        for start in range(0, len(view), CHUNK_BYTES):
-            chunk = view[start : start + CHUNK_BYTES]
-            nonce = nonce_of(self._next, last and start + CHUNK_BYTES >= len(view))
-            write_all(self.handle, self.sealer.cipher.encrypt(nonce, chunk, self.sealer.associated), self.path)
-            self._next += 1
+    def _seal(self, chunk: Buffer, last: bool) -> None:
+        sealed = self.sealer.seal(self._next, chunk, last)
+        self._next += 1
+        room = self._edge_room - len(self._edge)
+        self._edge += sealed[:room]
+        self._sink.write(sealed[room:])
 
 
 class Opened:

@@ -26,7 +26,7 @@ from moestro.package.sign import Trust, sign
 from moestro.package.sources import Source, gather
 from moestro.package.spans import Progress, Span, Watched, ignore
 from moestro.package.unpack import write_source
-from moestro.package.writer import ModelSource, Seal, SegmentSource, TensorSource
+from moestro.package.writer import ModelSource, SegmentSource, TensorSource
 
 COMPACT = "bp-zstd"
 """Codec of compact packages; it stores what does not compress as it is."""
@@ -52,7 +52,7 @@ class Options:
     shard_bytes: int = SHARD_BYTES
     """Decoded bytes of a model file, as a bound."""
 
-    def seal(self) -> Callable[[str], Seal] | None:
+    def seal(self) -> Callable[[str], Sealer] | None:
         """Makes the encryption of a model by its id."""
         return partial(Sealer, list(self.to), suite=self.suite) if self.to else None
 

@@ -11,7 +11,8 @@ from moestro.package.layout import round_up
 from moestro.package.limits import ALIGNMENT
 
 WASTE_SHARE = 64
-"""A gap may be at most 1/64 of the tensor after it; else the tensor begins at the next multiple of 64."""
+"""A gap may be at most 1/64 of the tensor after it, or before the first one of all tensors; else the tensor begins at
+the next multiple of 64."""
 
 
 def place(lengths: Sequence[int], start: int, chunk: int) -> list[int]:
@@ -21,6 +22,7 @@ def place(lengths: Sequence[int], start: int, chunk: int) -> list[int]:
     returns  one offset per item, 0 for empty ones; gaps are under 64 bytes or end at a multiple of `chunk`
     """
     offsets = [0] * len(lengths)
+    worth = sum(lengths)
     small = deque(index for index, length in enumerate(lengths) if 0 < length < chunk)
     end = start
 
@@ -35,7 +37,7 @@ def place(lengths: Sequence[int], start: int, chunk: int) -> list[int]:
             put(small[0], round_up(end, ALIGNMENT))
             small.popleft()
         boundary = round_up(end, chunk)
-        near = boundary - end <= lengths[index] // WASTE_SHARE
+        near = boundary - end <= max(lengths[index], worth if end < chunk else 0) // WASTE_SHARE
         put(index, boundary if near else round_up(end, ALIGNMENT))
     for index in small:
         put(index, round_up(end, ALIGNMENT))

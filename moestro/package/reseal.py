@@ -19,7 +19,7 @@ from moestro.package.folder import Package
 from moestro.package.manifest import Manifest, ModelEntry
 from moestro.package.reader import StoredModel
 from moestro.package.spans import Progress, Watched, ignore, pieces
-from moestro.package.writer import BATCH_BYTES, ModelSource, Seal, SegmentSource, TensorSource
+from moestro.package.writer import BATCH_BYTES, ModelSource, SegmentSource, TensorSource
 
 
 def encrypt(
@@ -44,7 +44,7 @@ def decrypt(folder: Path, out: Path, keys: Keys, progress: Progress = ignore) ->
         return _rebuilt(package, out, None, progress)
 
 
-def _rebuilt(package: Package, out: Path, seal: Callable[[str], Seal] | None, progress: Progress) -> Manifest:
+def _rebuilt(package: Package, out: Path, seal: Callable[[str], Sealer] | None, progress: Progress) -> Manifest:
     package.verify()
     contents = [_content(package, model, progress) for model in package.manifest.models]
     program = package.folder / "Program"

@@ -6,12 +6,12 @@
 is kept as the bytes it is, so that a file comes back bit for bit whatever its order, spacing or metadata.
 """
 
-import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moestro.core.errors import ConversionError, FormatError, PackageError
+from moestro.core.tensors import header_text
 from moestro.package import canonical
 from moestro.package.dtypes import BY_SAFETENSORS_NAME, DataType, checked_shape, num_bytes
 
@@ -98,13 +98,9 @@ def read_header(view: memoryview, name: str) -> Header:
 def plain_header(tensors: Sequence[tuple[str, DataType, tuple[int, ...]]]) -> Header:
     """A header for tensors that never had one: widest types first, then by name, as the library writes."""
     ordered = sorted(tensors, key=lambda tensor: (-tensor[1].bits, tensor[0]))
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
+    rows = []
     for name, dtype, shape in ordered:
         if dtype.safetensors is None:
             raise ConversionError(f"tensor {name} has type {dtype.name}, which safetensors files cannot hold")
-        end = start + num_bytes(dtype, shape)
-        table[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    return Header.parse(text + b" " * (-len(text) % 8), start, "model.safetensors")
+        rows.append((name, dtype.safetensors, shape, num_bytes(dtype, shape)))
+    return Header.parse(header_text(rows), sum(row[3] for row in rows), "model.safetensors")

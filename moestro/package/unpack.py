@@ -12,10 +12,10 @@ from typing import Any
 
 from moestro.core.errors import ConversionError
 from moestro.package import canonical
+from moestro.package.bulk import write_all
 from moestro.package.fields import Fields
 from moestro.package.paths import check_path, check_paths, create_below, open_folder
 from moestro.package.safetensors import Header, plain_header
-from moestro.package.sink import write_all
 from moestro.package.sources import SCHEMA, SOURCE
 from moestro.package.spans import Progress, ignore
 from moestro.package.weights import Weights
@@ -53,6 +53,7 @@ def _plan(weights: Weights, segments: Mapping[str, bytes]) -> list[tuple[str, by
     if fields.text("schema") != SCHEMA:
         raise ConversionError(f"segment source has schema {fields.text('schema')[:40]!r}; this moestro knows {SCHEMA}")
     plan = [_planned(item, weights, segments) for item in fields.items("files", 1_000_000)]
+    check_paths(path for path, _ in plan)
     written = [tensor.name for _, content in plan if isinstance(content, Header) for tensor in content.tensors]
     if sorted(written) != sorted(weights.entries):
         raise ConversionError("the files to be written and the tensors of the package do not agree")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moestro.core.errors import ConfigError, IntegrityError
 from moestro.core.files import cannot_write
@@ -18,6 +18,7 @@ from moestro.package import canonical
 from moestro.package.codecs.compressor import compress
 from moestro.package.descriptor import Base, Descriptor, SegmentEntry, Shard, TensorEntry, tensor_digest, weights_root
 from moestro.package.dtypes import DataType, num_bytes
+from moestro.package.encrypt import Place, Sealer
 from moestro.package.hashing import Buffer, digest, leaf_hashes, root_of, tree_root
 from moestro.package.layout import FILE_HEADER, FileHeader, ModelHeader, data_start, model_start, round_up
 from moestro.package.limits import ALIGNMENT, CHUNK_BYTES, MAX_FILE_BYTES, PIECE_BYTES
@@ -27,6 +28,7 @@ from moestro.package.spans import Span, pieces
 
 BATCH_BYTES = 4 * PIECE_BYTES
 UNKNOWN_DIGEST = "0" * 64
+LARGE_ALIGN = 20
 LARGE_BYTES = 64 << 20
 """From this much data on, data begins at a multiple of 1 MiB, so that chunks of file and data are the same."""
 
@@ -97,28 +99,11 @@ class DataSink(Protocol):
     def at_chunk_start(self) -> bool: ...
 
 
-class SealedStream(DataSink, Protocol):
-    """An encrypting stream whose first plaintext, the private descriptor, is known last."""
-
-    def close(self, head: bytes) -> int:
-        """Encrypt what is left; returns stored bytes."""
-        ...
-
-
-class Seal(Protocol):
-    """Encrypts the data of one model, see `encrypt.py`."""
-
-    def envelope(self, plain_length: int) -> dict[str, Any]:
-        """The descriptor's `encryption`."""
-        ...
-
-    def stream(self, handle: int, path: Path, start: int, head_bytes: int) -> SealedStream:
-        """Writes ciphertext from byte `start` of the file on."""
-        ...
-
-
 def write_model_file(
-    path: Path, models: Sequence[ModelSource], seal: Callable[[str], Seal] | None = None, align_log2: int | None = None
+    path: Path,
+    models: Sequence[ModelSource],
+    seal: Callable[[str], Sealer] | None = None,
+    align_log2: int | None = None,
 ) -> WrittenFile:
     """Write one file whole; the caller removes what a failure leaves.
 
@@ -127,7 +112,7 @@ def write_model_file(
     """
     if align_log2 is None:
         total = sum(num_bytes(tensor.dtype, tensor.shape) for model in models for tensor in model.tensors)
-        align_log2 = 20 if total >= LARGE_BYTES else 12
+        align_log2 = LARGE_ALIGN if total >= LARGE_BYTES else 12
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644 if seal is None else 0o600)
     except OSError as error:
@@ -150,7 +135,7 @@ class _FileWriter:
         """(header offset, data offset, descriptor, data bytes) of each model."""
         self.data_leaves: list[bytes] = []
 
-    def write(self, models: Sequence[ModelSource], seal: Callable[[str], Seal] | None) -> WrittenFile:
+    def write(self, models: Sequence[ModelSource], seal: Callable[[str], Sealer] | None) -> WrittenFile:
         for model in models:
             self._write_model(model, None if seal is None else seal(model.model_id))
         if self.end > MAX_FILE_BYTES:
@@ -174,7 +159,7 @@ class _FileWriter:
             return file_leaves(self.handle, self.hash, CHUNK_BYTES, 0, start) + self.data_leaves[0]
         return file_leaves(self.handle, self.hash, CHUNK_BYTES)
 
-    def _write_model(self, model: ModelSource, seal: Seal | None) -> None:
+    def _write_model(self, model: ModelSource, seal: Sealer | None) -> None:
         segments = [_packed(segment, model.hash) for segment in model.segments]
         draft = _draft(model, segments)
         if seal is not None:
@@ -196,19 +181,18 @@ class _FileWriter:
         self, model: ModelSource, draft: Descriptor, payloads: list[bytes], start: int
     ) -> tuple[Descriptor, bytes, int]:
         os.lseek(self.handle, start, os.SEEK_SET)
-        sink = Sink(self.handle, self.path, model.hash, CHUNK_BYTES)
+        sink = Sink(self.handle, self.path, model.hash, CHUNK_BYTES, direct=self.align_log2 >= LARGE_ALIGN)
         final = _write_data(sink, model, draft, payloads)
         return final, sink.finish(), sink.length
 
     def _write_sealed(
-        self, model: ModelSource, draft: Descriptor, payloads: list[bytes], start: int, seal: Seal
+        self, model: ModelSource, draft: Descriptor, payloads: list[bytes], start: int, seal: Sealer
     ) -> tuple[Descriptor, bytes, int]:
         """Plaintext: u64 length, private descriptor, padding to 64, data."""
         head_bytes = round_up(8 + len(canonical.dumps(draft.private())), ALIGNMENT)
-        stream = seal.stream(self.handle, self.path, start, head_bytes)
+        stream = seal.stream(Place(self.handle, self.path, start, model.hash), head_bytes)
         final = _write_data(stream, model, draft, payloads)
-        length = stream.close(_private_head(final, head_bytes))
-        leaves = file_leaves(self.handle, model.hash, CHUNK_BYTES, start, start + length)
+        length, leaves = stream.close(_private_head(final, head_bytes))
         return replace(final, encryption=seal.envelope(head_bytes + stream.length)), leaves, length
 
     def _padded(self, descriptor: Descriptor, header_offset: int, start: int) -> Descriptor:

@@ -27,6 +27,7 @@ from moestro.package.api import (
 )
 from moestro.package.encrypt import (
     Opened,
+    Place,
     Recipient,
     Sealer,
     _cipher,
@@ -36,6 +37,7 @@ from moestro.package.encrypt import (
     nonce_of,
     stored_bytes,
 )
+from moestro.package.hashing import leaf_hashes
 from moestro.package.limits import CHUNK_BYTES
 from moestro.package.reader import ModelFile
 from moestro.package.reseal import decrypt, encrypt
@@ -55,7 +57,8 @@ def test_z_3_known_answers() -> None:
     assert bound.hex() == "f583af6ad982cab133d5c9ad87eb4aad860188bfc065d7799d060d248234dd64"
     private = canonical.dumps({"segments": [], "tensors": [], "weights_root": hashlib.sha256().hexdigest()})
     plain = (len(private).to_bytes(8, "little") + private).ljust(128, b"\0")
-    sealed = _cipher("A256GCM", key).encrypt(nonce_of(0, True), plain, bound)
+    sealed = bytearray(144)
+    _cipher("A256GCM", key).encrypt_into(nonce_of(0, True), plain, bound, sealed)
     assert hashlib.sha256(sealed).hexdigest() == "eb539633c590f6de780639c4b2c28fb64dd8ca6b496cec4e0071a9393f04984a"
     assert sealed[-16:].hex() == "942333fc0c0ed139023fa43ee5bcb85f"
 
@@ -129,9 +132,11 @@ def sealed(tmp_path: Path, plain: bytes) -> tuple[bytes, dict[str, object], Keys
     to, keys = receiver(tmp_path, "kek")
     sealer = Sealer([to], "demo", dek=DEK, salt=SALT)
     with (tmp_path / "c").open("wb") as file:
-        stream = sealer.stream(file.fileno(), tmp_path / "c", 0, 64)
+        stream = sealer.stream(Place(file.fileno(), tmp_path / "c", 0, "sha256"), 64)
         stream.write(plain[64:])
-        assert stream.close(plain[:64]) == stored_bytes(len(plain))
+        length, leaves = stream.close(plain[:64])
+    assert length == stored_bytes(len(plain))
+    assert leaves == leaf_hashes("sha256", (tmp_path / "c").read_bytes(), CHUNK_BYTES)
     return (tmp_path / "c").read_bytes(), sealer.envelope(len(plain)), keys
 
 

@@ -1,0 +1,31 @@
+"""`moestro sign PACKAGE --key KEY` and `moestro keygen FILE`: who vouches for a package."""
+
+from pathlib import Path
+
+import typer
+
+from moestro.cli.package_session import JSON, say
+
+
+def sign(
+    package: Path = typer.Argument(help="A package folder."),
+    key: Path = typer.Option(help="Private signing key, made by moestro keygen."),
+    as_json: bool = JSON,
+) -> None:
+    """Add a signature over the manifest, which names every file by digest; earlier signatures stay."""
+    from moestro.package.pack import sign_package
+
+    ids = sign_package(package, key)
+    say({"signatures": ids}, [f"signed; the package carries signatures of {len(ids)} keys"], as_json)
+
+
+def keygen(
+    path: Path = typer.Argument(help="Where the private key goes; the public one goes to PATH.pub."),
+    kind: str = typer.Option("ed25519", help="To sign: ed25519, p256, mldsa65. To receive: x25519, mlkem768-x25519."),
+    as_json: bool = JSON,
+) -> None:
+    """Make a pair of keys; the private one is readable by you alone."""
+    from moestro.package.keys import new_key, save_pair
+
+    public = save_pair(new_key(kind), path)
+    say({"private": str(path), "public": str(public)}, [f"private key {path} (keep it), public key {public}"], as_json)

@@ -1,0 +1,301 @@
+"""Hostile bytes for every parser of packages: mutants of good inputs must give a result or one of our errors, quickly.
+
+    python tests/package/fuzzing.py --mutants 5000000 --seed 0        prints one JSON line
+
+Mutations know the structure: bits and bytes change, ranges are cut, repeated, exchanged, integers become extreme, JSON
+values are replaced; digests that guard what lies behind them are made to fit again in half of the mutants.
+"""
+
+import argparse
+import json
+import os
+import resource
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from package.samples import save_model, tensors
+
+from moestro.core.errors import PackageError
+from moestro.package import canonical
+from moestro.package.api import Kek, Keys, Options, Package, Release, diff, new_key, pack, save_pair, sign_package
+from moestro.package.codecs.lowrank import LowRank
+from moestro.package.codecs.lowrank_fit import fit
+from moestro.package.codecs.quantised import Quantised
+from moestro.package.codecs.registry import READERS, decoded
+from moestro.package.describe import check_management, check_technical
+from moestro.package.descriptor import TensorEntry
+from moestro.package.dtypes import DATA_TYPES
+from moestro.package.encrypt import check_envelope
+from moestro.package.hashing import digest
+from moestro.package.layout import FILE_HEADER, MODEL_HEADER
+from moestro.package.manifest import Manifest
+from moestro.package.reader import ModelFile
+from moestro.package.safetensors import read_header
+from moestro.package.sign import Trust
+from moestro.package.spans import Bytes
+
+Random = np.random.Generator
+NUMBERS = [0, 1, 2, 31, 63, 64, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53 - 1, 2**53, 2**63, 2**64 - 1]
+VALUES = [None, True, -1, 0, 1, 64, 2**53, 2**53 - 1, "", "..", "\x00", "x" * 600, [], [[]], {}, "0" * 64, 1e9, "raw"]
+SLOW_S = 1.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parser."""
+
+    name: str
+    seeds: list[bytes]
+    run: Callable[[bytes], object]
+    mend: Callable[[bytearray], None] | None = None
+    """Makes guarding digests fit."""
+
+
+def mutant(random: Random, seed: bytes) -> bytearray:
+    """One to three changes; most mutants keep their length, so that they get past the checks of lengths."""
+    data = bytearray(seed)
+    has_json = b'{"' in seed
+    kinds = KINDS[: 4 if random.random() < 0.6 else None]
+    for _ in range(random.integers(1, 4)):
+        if has_json and random.random() < 0.4:
+            _mutate_json(random, data)
+        elif data:
+            at = int(random.integers(len(data)))
+            length = int(random.integers(1, 1 + min(64, len(data) - at)))
+            kinds[random.integers(len(kinds))](random, data, at, length)
+    return data
+
+
+def _flip(random: Random, data: bytearray, at: int, length: int) -> None:
+    data[at] ^= 1 << int(random.integers(8))
+
+
+def _set(random: Random, data: bytearray, at: int, length: int) -> None:
+    data[at] = int(random.integers(256))
+
+
+def _number(random: Random, data: bytearray, at: int, length: int) -> None:
+    width = min(int(random.choice([2, 4, 8])), len(data) - at)
+    number = int(NUMBERS[random.integers(len(NUMBERS))]) % (1 << 8 * width)
+    data[at : at + width] = number.to_bytes(width, "little")
+
+
+def _exchange(random: Random, data: bytearray, at: int, length: int) -> None:
+    other = int(random.integers(len(data) - length + 1))
+    data[at : at + length] = data[other : other + length]
+
+
+def _cut(random: Random, data: bytearray, at: int, length: int) -> None:
+    del data[at : at + length]
+
+
+def _repeat(random: Random, data: bytearray, at: int, length: int) -> None:
+    data[at:at] = data[at : at + length]
+
+
+def _truncate(random: Random, data: bytearray, at: int, length: int) -> None:
+    del data[at:]
+
+
+KINDS = (_flip, _set, _number, _exchange, _cut, _repeat, _truncate)
+"""The first four keep the length."""
+
+
+def _mutate_json(random: Random, data: bytearray) -> None:
+    """Replace, remove or double a value of a JSON object that the bytes hold."""
+    start, end = data.find(b'{"'), data.rfind(b"}") + 1
+    if start < 0 or end <= start:
+        return
+    try:
+        table = json.loads(data[start:end])
+    except (ValueError, RecursionError):
+        return
+    node, key = _place(random, table)
+    if node is None:
+        return
+    match random.integers(3):
+        case 0:
+            node[key] = VALUES[random.integers(len(VALUES))]
+        case 1:
+            del node[key]
+        case 2 if isinstance(node, list):
+            node.insert(key, node[key])
+        case _:
+            node["x_" + str(key)] = node[key] if isinstance(node, dict) else 0
+    try:
+        text = canonical.dumps(table)
+    except (ValueError, RecursionError):
+        return
+    data[start:end] = text
+    if start >= 36:  # the length that a model header has for its descriptor
+        data[start - 12 : start - 8] = struct.pack("<I", len(text))
+
+
+def _place(random: Random, table: object) -> tuple[object, object]:
+    node: object = table
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))  # type: ignore[arg-type]
+        if not keys:
+            return None, None
+        key = keys[random.integers(len(keys))]
+        inner = node[key]  # type: ignore[index]
+        if not isinstance(inner, (dict, list)) or random.random() < 0.2 or (isinstance(node, list) and not inner):
+            return (
+                (node, key) if isinstance(node, dict) else (None, None) if not isinstance(node, list) else (node, key)
+            )
+        node = inner
+
+
+def _mend_model_file(data: bytearray) -> None:
+    """The digest of the first descriptor."""
+    at = 64 + MODEL_HEADER.size
+    if len(data) > at:
+        length = struct.unpack_from("<I", data, 64 + 8)[0]
+        if at + length + 32 <= len(data):
+            head = bytes(data[: FILE_HEADER.size]), bytes(data[64:at]), bytes(data[at : at + length])
+            data[at + length : at + length + 32] = digest("sha256", *head)
+
+
+def _mend_manifest(data: bytearray) -> None:
+    try:
+        table = json.loads(data)
+        found = Manifest.parse(canonical.dumps(table))
+    except (ValueError, RecursionError, PackageError, KeyError, TypeError):
+        return
+    data[:] = found.dumps()
+
+
+class Files:
+    """Model files from memory."""
+
+    def __init__(self, keys: Keys | None) -> None:
+        self.handle, self.keys = os.memfd_create("fuzz"), keys
+
+    def read(self, data: bytes) -> None:
+        os.ftruncate(self.handle, 0)
+        os.pwrite(self.handle, data, 0)
+        with ModelFile(os.dup(self.handle), "fuzz.ptm", self.keys) as file:
+            file.check_gaps()
+            for model in file.models:
+                if model.is_open:
+                    for segment in model.descriptor.segments:
+                        model.segment(segment, b"")
+                    for tensor in model.descriptor.tensors:
+                        span = decoded(tensor, model.stored(tensor), Bytes(bytes(tensor.num_bytes)))
+                        span.read(0, min(span.length, 1 << 16))
+
+
+def _codec_target(name: str) -> Target:
+    random = np.random.default_rng(0)
+    old = random.normal(0, 0.02, 2400).astype(np.float16)
+    new = (old + random.normal(0, 1e-3, 2400)).astype(np.float16)
+    entry = TensorEntry("t", DATA_TYPES["float16"], (40, 60), name)
+    base, target = Bytes(old.tobytes()), Bytes(new.tobytes())
+    codec = READERS[name]
+    if name == "lowrank":
+        factors = fit(replace(entry, shape=(40, 60)), base, target, 3)
+        entry, codec = replace(entry, cp=factors.cp()), LowRank(factors)
+    if name == "qres":
+        entry, codec = replace(entry, cp={"bits": 4, "group": 60}), Quantised(np.full(40, 1e-3, np.float32))
+    against = None if name in ("zstd", "bp-zstd") else base
+    seed = b"".join(bytes(part) for part in codec.encode(entry, target, against))
+
+    def run(data: bytes) -> None:
+        span = decoded(entry, Bytes(data), against)
+        assert len(span.read(0, span.length)) == entry.num_bytes
+
+    return Target(name, [seed], run)
+
+
+def targets(folder: Path) -> list[Target]:
+    """Every parser with good inputs."""
+    weights = {name: value for name, value in tensors().items() if name != "experts.w"}
+    save_model(folder / "m", weights)
+    weights["embed"] = weights["embed"] + np.float16(0.01)
+    save_model(folder / "n", weights)
+    kek = bytes(32)
+    keys = Keys(kek=lambda kid: kek)
+    release = Release(package_id="demo")
+    pack(folder / "m", folder / "raw", Options(release=release))
+    pack(folder / "n", folder / "compact", Options(release=release, compact=True))
+    pack(folder / "m", folder / "secret", Options(release=release, to=[Kek("k", kek)]))
+    diff([folder / "raw"], folder / "compact", folder / "update")
+    public = save_pair(new_key("ed25519"), folder / "key")
+    sign_package(folder / "raw", folder / "key")
+    trust = Trust.load([public])
+    model_files = [next((folder / name).rglob("*.ptm")).read_bytes() for name in ("raw", "compact", "update", "secret")]
+    manifest = (folder / "raw" / "Meta-info" / "manifest.json").read_bytes()
+    signature = (folder / "raw" / "Meta-info" / "manifest.sig").read_bytes()
+    here = folder / "raw" / "Meta-info" / "demo"
+    with Package.open(folder / "secret") as package:
+        encryption = package.stored()[0].descriptor.encryption
+    return [
+        Target("model file", model_files, Files(None).read, _mend_model_file),
+        Target("encrypted model file", model_files[3:], Files(keys).read, _mend_model_file),
+        Target("manifest", [manifest], Manifest.parse, _mend_manifest),
+        Target("signature", [signature], partial(trust.check, manifest)),
+        Target("managementinfo", [(here / "managementinfo.json").read_bytes()], lambda d: check_management(d, "demo")),
+        Target("technicalinfo", [(here / "technicalinfo.json").read_bytes()], lambda d: check_technical(d, "demo")),
+        Target(
+            "envelope", [canonical.dumps(encryption)], lambda d: check_envelope(canonical.loads(d, 1 << 20, "e"), 9)
+        ),
+        Target(
+            "safetensors", [(folder / "m/model.safetensors").read_bytes()], lambda d: read_header(memoryview(d), "f")
+        ),
+        *map(_codec_target, READERS),
+    ]
+
+
+def fuzz(count: int, seed: int) -> dict[str, object]:
+    """Try so many mutants, evenly over the parsers; raises what a parser should not have raised."""
+    random = np.random.default_rng(seed)
+    refused: Counter[str] = Counter()
+    slowest, start, rss_after_warm_up = 0.0, time.process_time(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        parsers = targets(Path(folder))
+        for number in range(count):
+            target = parsers[number % len(parsers)]
+            data = mutant(random, target.seeds[random.integers(len(target.seeds))])
+            if target.mend is not None and random.random() < 0.5:
+                target.mend(data)
+            began = time.perf_counter()
+            try:
+                target.run(bytes(data))
+            except PackageError as error:
+                refused[type(error).__name__] += 1
+            except BaseException:
+                Path(f"fuzz-{target.name.replace(' ', '-')}.bin").write_bytes(data)
+                raise
+            slowest = max(slowest, time.perf_counter() - began)
+            if number == count // 5:
+                rss_after_warm_up = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rss_after_warm_up
+    return {
+        "bench": "package_fuzz",
+        "mutants": count,
+        "seed": seed,
+        "parsers": len(parsers),
+        "refused": dict(refused),
+        "accepted": count - refused.total(),
+        "slowest_s": round(slowest, 4),
+        "grown_kib": grown,
+        "cpu_s": round(time.process_time() - start, 1),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutants", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(json.dumps(fuzz(arguments.mutants, arguments.seed)))
