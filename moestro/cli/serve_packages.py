@@ -32,7 +32,7 @@ def serve_packages(
         "plain": plain or None, "plain_anywhere": plain_anywhere or None,
     }  # fmt: skip
     try:
-        from moestro.ship.serve import Address, serve
+        from moestro.ship.serve import PackageServer
     except ImportError as error:
         raise ConfigError(f"serving packages needs: pip install 'moestro[ship]' ({error.name} is missing)") from error
     from moestro.core.config import build, read_toml
@@ -42,15 +42,11 @@ def serve_packages(
     table |= {key: value for key, value in given.items() if value not in (None, [])}
     checked = build(ServerSettings, table, str(settings or "settings"))
 
-    def ready(address: Address) -> None:
+    with PackageServer(store, checked) as server:
+        address = server.address
         files = {"authority": address.authority, "admin_token": address.admin_token}
-        if as_json:
-            shown = {key: str(value) for key, value in files.items() if value}
-            print(json.dumps({"url": address.url, **shown}), flush=True)
-            return
-        print(f"serving {store} at {address.url}", flush=True)
-        print(f"admin token: {address.admin_token}", flush=True)
-        if address.authority:
-            print(f"clients need: --authority {address.authority}", flush=True)
-
-    serve(store, checked, ready)
+        lines = [f"serving {store} at {address.url}", f"admin token: {address.admin_token}"]
+        lines += [f"clients need: --authority {address.authority}"] if address.authority else []
+        shown = {key: str(value) for key, value in files.items() if value}
+        print(json.dumps({"url": address.url, **shown}) if as_json else "\n".join(lines), flush=True)
+        server.run()

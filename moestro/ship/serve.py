@@ -1,6 +1,8 @@
 """Run a package server: uvicorn with TLS, bounded headers and patience, on a store folder.
 
-    serve(folder, settings, on_ready)      blocks until SIGINT or SIGTERM
+    with PackageServer(folder, settings) as server:
+        server.address      where it is, and what clients need
+        server.run()        until SIGINT, SIGTERM or server.stop()
 
 The first start makes a token for everything and leaves it in `admin.token`, readable by its owner only.
 """
@@ -10,7 +12,6 @@ import contextlib
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,19 +88,19 @@ def admin_token(store: Store, folder: Path) -> Path:
     return path
 
 
-def serve(
-    folder: Path, settings: ServerSettings, on_ready: Callable[[Address], None], log_level: str = "warning"
-) -> None:
-    """Serve until a signal; raises ConfigError where the address or the certificate cannot be used."""
-    store = Store.open(folder, settings.database, settings.objects, settings.quotas)
-    token = admin_token(store, folder)
-    context, authority = _context(folder, settings)
-    app = make_app(store, settings)
-    with _listening(settings) as listener:
-        port = listener.getsockname()[1]
+class PackageServer:
+    """A server that listens from the start and answers while `run` runs; a context manager."""
+
+    def __init__(self, folder: Path, settings: ServerSettings, log_level: str = "warning") -> None:
+        self.store = Store.open(folder, settings.database, settings.objects, settings.quotas)
+        token = admin_token(self.store, folder)
+        context, authority = _context(folder, settings)
+        self._listener = _listening(settings)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"http{'s' if context else ''}://{host}:{self._listener.getsockname()[1]}"
+        self.address = Address(url, authority, token)
         config = uvicorn.Config(
-            app,
+            make_app(self.store, settings),
             http=GuardedProtocol,
             ws="none",
             loop="auto",
@@ -112,13 +113,23 @@ def serve(
             timeout_graceful_shutdown=DRAIN_S,
             ssl_context_factory=(lambda *_: context) if context else None,
         )
-        on_ready(Address(f"http{'s' if context else ''}://{host}:{port}", authority, token))
-        try:
-            uvicorn.Server(config).run([listener])
-        except KeyboardInterrupt:
-            pass
-        finally:
-            store.db.close()
+        self._server = uvicorn.Server(config)
+
+    def run(self) -> None:
+        """Until SIGINT, SIGTERM or `stop`."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self._server.run([self._listener])
+
+    def stop(self) -> None:
+        """Let `run` end soon; from any thread."""
+        self._server.should_exit = True
+
+    def __enter__(self) -> "PackageServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self.store.db.close()
 
 
 def _context(folder: Path, settings: ServerSettings) -> tuple[ssl.SSLContext | None, Path | None]:
@@ -134,19 +145,16 @@ def _context(folder: Path, settings: ServerSettings) -> tuple[ssl.SSLContext | N
 ANY = ("0.0.0.0", "::")
 
 
-@contextlib.contextmanager
-def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+def _listening(settings: ServerSettings) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((settings.host, settings.port))
-            listener.listen(BACKLOG)  # before anybody is told the address
-        except OSError as error:
-            raise ConfigError(
-                f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}; choose another with --port"
-            ) from error
-        yield listener
-    finally:
+        listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)  # before anybody is told the address
+    except OSError as error:
         listener.close()
+        raise ConfigError(
+            f"{settings.host}:{settings.port} cannot be listened on: {error.strerror or error}; "
+            "choose another with --host and --port"
+        ) from error
+    return listener

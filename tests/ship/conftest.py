@@ -1,19 +1,26 @@
-"""A store, a package in it, and a real server process on this machine."""
+"""A store, packages, and real servers on this machine."""
 
+import dataclasses
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomli_w
 from package.samples import save_model, tensors
 
+from moestro.core.config import build
 from moestro.package.api import Options, Release, pack
+from moestro.ship.serve import PackageServer
+from moestro.ship.settings import ServerSettings
 from moestro.ship.store import Store
 from moestro.ship.tokens import new_token
 from moestro.ship.transport import Server
@@ -23,28 +30,43 @@ START_S = 60
 
 @dataclass
 class Running:
-    """A server process."""
+    """A server, in a thread, or in a process that can be killed; started again it keeps its port."""
 
     folder: Path
-    args: list[str]
+    settings: dict[str, Any]
+    as_process: bool = False
     process: subprocess.Popen[str] | None = None
     url: str = ""
     authority: Path | None = None
     token: str = ""
-    _port: str = field(default="0")
+    _port: int = 0
+    _server: PackageServer | None = None
+    _thread: threading.Thread | None = None
 
     def start(self) -> "Running":
-        """Wait until it listens; again on the same port after a kill."""
-        command = [sys.executable, "-m", "moestro", "serve-packages", str(self.folder), "--json", "--port", self._port]
-        self.process = subprocess.Popen([*command, *self.args], stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout
-        assert select.select([self.process.stdout], [], [], START_S)[0], "the server did not start"
-        table = json.loads(self.process.stdout.readline())
-        self.url = table["url"]
-        self._port = self.url.rpartition(":")[2]
-        self.authority = Path(table["authority"]) if "authority" in table else None
+        """Wait until it listens."""
+        table = self._start_process() if self.as_process else self._start_thread()
+        self.url, self._port = table["url"], int(table["url"].rpartition(":")[2])
+        self.authority = Path(table["authority"]) if table.get("authority") else None
         self.token = Path(table["admin_token"]).read_text().strip()
         return self
+
+    def _start_thread(self) -> dict[str, Any]:
+        settings = build(ServerSettings, self.settings | {"port": self._port})
+        self._server = PackageServer(self.folder, settings)
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        return dataclasses.asdict(self._server.address)
+
+    def _start_process(self) -> dict[str, Any]:
+        settings = self.folder.with_name("settings.toml")
+        settings.write_text(tomli_w.dumps(self.settings | {"port": self._port}))
+        command = [sys.executable, "-m", "moestro", "serve-packages", str(self.folder), "--json"]
+        self.process = subprocess.Popen([*command, "--settings", str(settings)], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        assert select.select([self.process.stdout], [], [], START_S)[0], "the server did not start"
+        table: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return table
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End it."""
@@ -54,6 +76,11 @@ class Running:
             assert self.process.stdout
             self.process.stdout.close()
             self.process = None
+        if self._server and self._thread:
+            self._server.stop()
+            self._thread.join(30)
+            self._server.__exit__()
+            self._server = None
 
     def server(self, token: str | None = "", **how: object) -> Server:
         """For a client; without a token where that is None."""
@@ -76,14 +103,13 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     """Start servers; they end with the test."""
     started: list[Running] = []
 
-    def start(*args: str, folder: Path | None = None) -> Running:
-        started.append(Running(folder or tmp_path / "store", list(args)))
+    def start(folder: Path | None = None, as_process: bool = False, **settings: object) -> Running:
+        started.append(Running(folder or tmp_path / "store", settings, as_process))
         return started[-1].start()
 
     yield start
     for running in started:
-        if running.process:
-            running.stop(signal.SIGKILL)
+        running.stop(signal.SIGKILL)
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_residual_updates_lead_to_the_very_same_signed_package(serve: Serve, tmp
     save_pair(new_key("ed25519"), tmp_path / "key")
     guard = Guard(trust=Trust.load([tmp_path / "key.pub"]))
     fulls, updates = lineage(tmp_path, 3, tmp_path / "key")
-    running, edge = serve("--trust", str(tmp_path / "key.pub")), Edge(tmp_path / "home", "demo")
+    running, edge = serve(trust=[str(tmp_path / "key.pub")]), Edge(tmp_path / "home", "demo")
     push(running.server(), fulls[0])
     update(running.server(), edge, guard)
     for package in (fulls[1], updates[0], fulls[2], updates[1]):
@@ -130,23 +130,23 @@ def test_replay_downgrade_and_exchange_are_refused(serve: Serve, make: Make, tmp
     assert contents(edge.root / "active") == contents(second)
 
 
-def test_releases_that_expired_or_nobody_trusted_signed_are_refused(serve: Serve, make: Make, tmp_path: Path) -> None:
+def test_releases_that_expired_or_nobody_trusted_signed_are_refused(
+    serve: Serve, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("good", "bad"):
         save_pair(new_key("ed25519"), tmp_path / name)
     guard = Guard(trust=Trust.load([tmp_path / "good.pub"]))
     running, edge = serve(), Edge(tmp_path / "home", "demo")
-    soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 4))
     unsigned, foreign = make(sequence=1), make(sequence=2, seed=1)
-    expiring = make(sequence=3, seed=2, expires_at=soon)
+    expiring = make(sequence=3, seed=2, expires_at="2026-01-01T00:00:00Z")
     sign_package(foreign, tmp_path / "bad")
     sign_package(expiring, tmp_path / "good")
     for package, match in ((unsigned, "not signed"), (foreign, "0 trusted keys")):
         push(running.server(), package)
         with pytest.raises(SignatureError, match=match):
             update(running.server(), edge, guard)
+    monkeypatch.setattr("moestro.ship.catalogue.expired", lambda _: False)  # a server with a slow clock
     push(running.server(), expiring)
-    while time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) < soon:
-        time.sleep(0.1)
     with pytest.raises(RollbackError, match="has expired"):
         update(running.server(), edge, guard)
     assert edge.state.active is None
@@ -224,7 +224,7 @@ def test_power_lost_at_every_step_leaves_the_old_or_the_new_version(
 
 
 def test_power_lost_at_some_steps_leaves_the_old_or_the_new_version(serve: Serve, tmp_path: Path) -> None:
-    power_losses(serve, tmp_path, by_update=True, every=29)
+    power_losses(serve, tmp_path, by_update=True, every=43)
 
 
 def power_losses(serve: Serve, tmp_path: Path, by_update: bool, every: int) -> None:

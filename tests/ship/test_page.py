@@ -40,7 +40,7 @@ def packages(folder: Path) -> list[Path]:
 def test_the_page_lists_releases_and_says_what_an_update_would_transfer(
     serve: Serve, browser: Browser, tmp_path: Path
 ) -> None:
-    running = serve("--name", "example.test")
+    running = serve(names=["example.test"])
     for package in packages(tmp_path):
         push(running.server(), package)
     browser.open(running.url + "/")

@@ -27,7 +27,7 @@ from moestro.ship.transport import Connection, Server
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One server for this file, with release 1 of `demo`."""
     folder = tmp_path_factory.mktemp("server")
-    started = Running(folder / "store", ["--public", "open-*"]).start()
+    started = Running(folder / "store", {"public": ["open-*"]}, as_process=True).start()
     out = folder / "package"
     pack(save_model(folder / "model", tensors()), out, Options(release=Release(package_id="demo")))
     push(started.server(), out)
@@ -206,7 +206,7 @@ def test_publishing_keeps_the_order_and_needs_all_files(
 def test_a_server_that_trusts_keys_takes_only_signed_releases(serve: Serve, make: Make, tmp_path: Path) -> None:
     for name in ("good", "bad"):
         save_pair(new_key("ed25519"), tmp_path / name)
-    running, package = serve("--trust", str(tmp_path / "good.pub")), make()
+    running, package = serve(trust=[str(tmp_path / "good.pub")]), make()
     with pytest.raises(RefusalError, match="not signed"):
         push(running.server(), package)
     sign_package(package, tmp_path / "bad")
@@ -287,10 +287,8 @@ def test_reports_of_devices_are_kept(running: Running, connection: Connection) -
     assert connection.json("GET", "/v1/devices")["devices"][0]["device_id"] == "robot-1"
 
 
-def test_rates_are_limited_per_client(serve: Serve, tmp_path: Path) -> None:
-    settings = tmp_path / "settings.toml"
-    settings.write_text("plain = true\n[rates]\nrequests_per_s = 1\nburst_requests = 5\n")
-    running = serve("--settings", str(settings))
+def test_rates_are_limited_per_client(serve: Serve) -> None:
+    running = serve(plain=True, rates={"requests_per_s": 1, "burst_requests": 5})
     with Connection(running.server(tries=1)) as connection:
         for _ in range(5):
             connection.json("GET", "/v1/packages")

@@ -67,16 +67,12 @@ def wait_until(condition: object, timeout_s: float = 60) -> None:
         time.sleep(0.005)
 
 
-@pytest.fixture
-def slow_settings(tmp_path: Path) -> str:
-    """16 MiB a second, so that a transfer can be met half-way."""
-    path = tmp_path / "slow.toml"
-    path.write_text("plain = true\n[rates]\nbytes_per_s = 16e6\n")
-    return str(path)
+SLOW = {"plain": True, "rates": {"bytes_per_s": 16e6}}
+"""16 MB a second, so that a transfer can be met half-way."""
 
 
-def test_a_killed_pull_goes_on_where_it_was(serve: Serve, slow_settings: str, tmp_path: Path) -> None:
-    running, package, out = serve("--settings", slow_settings), large(tmp_path, 40), tmp_path / "out"
+def test_a_killed_pull_goes_on_where_it_was(serve: Serve, tmp_path: Path) -> None:
+    running, package, out = serve(as_process=True, **SLOW), large(tmp_path, 40), tmp_path / "out"
     push(running.server(), package)
     process = pull_process(running, out)
     wait_until(lambda: staged_bytes(out) > 12 * MIB)
@@ -92,8 +88,8 @@ def test_a_killed_pull_goes_on_where_it_was(serve: Serve, slow_settings: str, tm
     assert not stage_of(out).exists()
 
 
-def test_a_killed_server_is_waited_for(serve: Serve, slow_settings: str, tmp_path: Path) -> None:
-    running, package, out = serve("--settings", slow_settings), large(tmp_path, 32), tmp_path / "out"
+def test_a_killed_server_is_waited_for(serve: Serve, tmp_path: Path) -> None:
+    running, package, out = serve(as_process=True, **SLOW), large(tmp_path, 32), tmp_path / "out"
     push(running.server(), package)
     process = pull_process(running, out)
     wait_until(lambda: staged_bytes(out) > 6 * MIB)
@@ -107,7 +103,7 @@ def test_a_killed_server_is_waited_for(serve: Serve, slow_settings: str, tmp_pat
 
 
 def test_a_killed_push_sends_only_the_rest(serve: Serve, tmp_path: Path) -> None:
-    running, package = serve(), large(tmp_path, 24)
+    running, package = serve(as_process=True), large(tmp_path, 24)
     command = [sys.executable, "-m", "moestro", "push", str(package), running.url, "--authority"]
     environment = os.environ | {"MOESTRO_TOKEN": running.token}
     process = subprocess.Popen([*command, str(running.authority)], env=environment, stdout=subprocess.DEVNULL)
@@ -201,7 +197,7 @@ def corrupting(url: str, share: float, seed: int = 0) -> Iterator[tuple[str, lis
 
 
 def test_corrupted_chunks_alone_are_fetched_again(serve: Serve, tmp_path: Path) -> None:
-    running, package = serve("--plain"), large(tmp_path, 64)
+    running, package = serve(plain=True), large(tmp_path, 64)
     push(running.server(), package)
     with corrupting(running.url, share=0.05) as (url, sent):
         done = pull(Server(url=url, token=running.token), "demo", tmp_path / "out", ANYBODY)
@@ -211,7 +207,7 @@ def test_corrupted_chunks_alone_are_fetched_again(serve: Serve, tmp_path: Path) 
 
 
 def test_a_line_that_corrupts_everything_is_given_up(serve: Serve, tmp_path: Path) -> None:
-    running, package = serve("--plain"), large(tmp_path, 2)
+    running, package = serve(plain=True), large(tmp_path, 2)
     push(running.server(), package)
     with corrupting(running.url, share=1000) as (url, _), pytest.raises((IntegrityError, TransferError)):
         pull(Server(url=url, token=running.token), "demo", tmp_path / "out", ANYBODY)
@@ -219,7 +215,7 @@ def test_a_line_that_corrupts_everything_is_given_up(serve: Serve, tmp_path: Pat
 
 
 def test_a_damaged_store_does_not_damage_the_client(serve: Serve, tmp_path: Path) -> None:
-    running, package = serve("--plain"), large(tmp_path, 3)
+    running, package = serve(plain=True), large(tmp_path, 3)
     push(running.server(), package)
     largest = max((running.folder / "objects" / "chunks").glob("*/*"), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
@@ -259,7 +255,7 @@ def test_too_little_space_is_said_before_anything_is_fetched(
 
 
 def test_a_full_disk_at_the_server_refuses_and_heals(serve: Serve, tmp_path: Path) -> None:
-    running, package = serve(), large(tmp_path, 2)
+    running, package = serve(as_process=True), large(tmp_path, 2)
     assert running.process
     limits = resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (400_000, limits[1]))
