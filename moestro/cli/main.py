@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from moestro import __version__
 from moestro.cli import (
     apply,
+    collect_garbage,
     diff,
     doctor,
     encrypt,
@@ -63,6 +64,7 @@ app.command("decrypt")(encrypt.decrypt)
 app.command("to-oci")(oci.to_oci)
 app.command("from-oci")(oci.from_oci)
 app.command("serve-packages")(serve_packages.serve_packages)
+app.command("collect-garbage")(collect_garbage.collect_garbage)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("update")(update.update)

@@ -317,18 +317,34 @@ class Store:
 
     def scrub(self) -> list[str]:
         """Read everything; the roots of blobs that are no longer what they were."""
-        bad = []
-        for row in self.db.rows("SELECT root, size, hash, chunk_size FROM blob"):
-            blob = Blob(*row)
-            try:
-                leaves = self.leaves(blob)
-                for number in range(blob.num_chunks):
-                    data = self.objects.read(_chunk_key(leaves, number), 0, blob.chunk_bytes(number))
-                    if leaf_hashes(blob.hash, data, blob.chunk_size) != leaves[number * SIZE : (number + 1) * SIZE]:
-                        raise IntegrityError(blob.root, "the store's copy is damaged", number)
-            except (StorageError, IntegrityError):
-                bad.append(blob.root)
-        return bad
+        rows = self.db.rows("SELECT root, size, hash, chunk_size FROM blob")
+        return [row[0] for row in rows if self._damaged(Blob(*row))]
+
+    def _damaged(self, blob: Blob) -> list[str]:
+        """Keys of the objects of a blob that are not what they should be."""
+        try:
+            leaves = self.leaves(blob)
+        except (StorageError, IntegrityError):
+            return [f"leaves/{blob.root}"]
+        return [
+            _chunk_key(leaves, number) for number in range(blob.num_chunks) if not self._sound(blob, leaves, number)
+        ]
+
+    def _sound(self, blob: Blob, leaves: bytes, number: int) -> bool:
+        try:
+            data = self.objects.read(_chunk_key(leaves, number), 0, blob.chunk_bytes(number))
+        except StorageError:
+            return False
+        return leaf_hashes(blob.hash, data, blob.chunk_size) == leaves[number * SIZE : (number + 1) * SIZE]
+
+    def drop_damaged(self, root: str) -> None:
+        """Forget a damaged file, so that pushing its package again sends it; sound chunks stay."""
+        with self.db.alone():
+            blob = self.blob(root)
+            for key in self._damaged(blob) if blob else ():
+                self.objects.delete(key)
+            self.db.run("DELETE FROM holding WHERE root = ?", root)
+            self.db.run("DELETE FROM blob WHERE root = ?", root)
 
 
 @dataclass(slots=True)

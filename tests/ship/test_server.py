@@ -5,6 +5,8 @@ import hashlib
 import json
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -345,3 +347,18 @@ def test_the_list_of_packages_is_json_for_machines(connection: Connection) -> No
     listed = connection.json("GET", "/v1/models?q=demo")["models"]
     assert json.dumps(listed).count("weights_root") >= 1
     assert connection.json("GET", "/v1/models/demo")["managementinfo"]["license"] == "mit"
+
+
+def test_a_damaged_store_is_scrubbed_and_healed_by_pushing_again(serve: Serve, make: Make, tmp_path: Path) -> None:
+    running, package = serve(), make()
+    push(running.server(), package)
+    largest = max((running.folder / "objects" / "chunks").glob("*/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(bytes(100))
+    command = [sys.executable, "-m", "moestro", "collect-garbage", str(running.folder), "--scrub", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, len(json.loads(found.stdout)["damaged"])) == (1, 1)
+    done = push(running.server(), package)
+    assert not done.is_new
+    assert done.sent_bytes > 0
+    pull(running.server(), "demo", tmp_path / "out", Guard(trust=None))
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
