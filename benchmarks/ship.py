@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import shutil
+import socket
 import ssl
 import statistics
 import subprocess
@@ -115,11 +116,22 @@ def anchored(folder: Path, file: Path, plain: bool) -> Iterator[tuple[Server, in
     process = subprocess.Popen([sys.executable, "-c", ANCHOR, str(file), str(port), *files])
     try:
         server = Server(url=f"http{'' if plain else 's'}://127.0.0.1:{port}", authority=None if plain else authority)
-        time.sleep(4)
+        wait_for(port)
         yield server, process.pid
     finally:
         process.terminate()
         process.wait()
+
+
+def wait_for(port: int) -> None:
+    """Until something listens there."""
+    deadline = time.monotonic() + 120
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < deadline, "the anchor does not start"
+        time.sleep(0.1)
 
 
 def rate(server: Server, pid: int, path: str, size: int) -> tuple[float, float]:

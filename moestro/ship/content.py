@@ -18,7 +18,7 @@ from moestro.ship.gate import Bucket, Message, Receive, Send
 from moestro.ship.metrics import Metrics
 from moestro.ship.store import Blob, Store
 
-PIECE_BYTES = 512 << 10
+PIECE_BYTES = 256 << 10
 """Small enough that hundreds of clients take turns quickly, large enough to be cheap."""
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 

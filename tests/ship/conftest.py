@@ -25,7 +25,7 @@ from moestro.ship.store import Store
 from moestro.ship.tokens import new_token
 from moestro.ship.transport import Server
 
-START_S = 60
+START_S = 240
 
 
 @dataclass
