@@ -8,6 +8,7 @@ weights, not their packaging. `weights_root`, the tree over digests in order of 
 """
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +35,7 @@ from moestro.package.limits import (
 from moestro.package.paths import check_model_id, check_path
 
 Table = dict[str, Any]
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 LOSSLESS = ("raw", "zstd", "bp-zstd")
 """Codecs that need no base."""
 ON_BASE = ("copy", "xor-bp-zstd", "odiff-bp-zstd", "odiff-ctx", "sparse", "lowrank", "qres")
@@ -270,6 +272,8 @@ def _codec_parameters(name: str, codec: Any, cp: Any) -> dict[str, int | str]:
         raise FormatError(
             f"tensor {str(name)[:40]!r} has the codec {str(codec)[:20]!r}; known are {LOSSLESS + ON_BASE}"
         )
+    if cp == {} and type(cp) is dict:
+        return cp
     if type(cp) is not dict or any(type(value) not in (int, str) for value in cp.values()):
         raise FormatError(f"tensor {str(name)[:40]!r}: cp must hold whole numbers and texts")
     unknown = cp.keys() - CP_KEYS.get(codec, set())
@@ -281,7 +285,7 @@ def _codec_parameters(name: str, codec: Any, cp: Any) -> dict[str, int | str]:
 def _name(name: Any) -> str:
     if type(name) is not str or not 1 <= len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES:
         raise FormatError(f"a tensor's name is {str(name)[:40]!r}; it must be text of 1 to {MAX_NAME_BYTES} bytes")
-    if any(character < " " or character == "\x7f" for character in name):
+    if CONTROL.search(name):
         raise FormatError(f"a tensor's name holds a control character: {name[:40]!r}")
     return name
 

@@ -73,7 +73,7 @@ def data_type(name: object) -> DataType:
 
 def checked_shape(shape: object) -> tuple[int, ...]:
     """A list of at most 8 extents, each 0 or more."""
-    if not isinstance(shape, list) or any(type(extent) is not int or extent < 0 for extent in shape):
+    if type(shape) is not list or not {int}.issuperset(map(type, shape)) or min(shape, default=0) < 0:
         raise FormatError(f"shape is {str(shape)[:80]}; it must be a list of whole numbers, 0 or more")
     if len(shape) > MAX_RANK:
         raise LimitExceeded(f"a tensor has {len(shape)} dimensions; at most {MAX_RANK} are allowed")

@@ -40,7 +40,7 @@ class Cipher(Protocol):
     """An authenticated cipher with 12-byte nonces and 16-byte tags."""
 
     def encrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer) -> int: ...
-    def decrypt(self, nonce: bytes, data: Buffer, associated_data: bytes) -> bytes: ...
+    def decrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +110,13 @@ class _Sm4:
         memoryview(buf)[:] = sealed
         return len(sealed)
 
-    def decrypt(self, nonce: bytes, data: Buffer, associated_data: bytes) -> bytes:
+    def decrypt_into(self, nonce: bytes, data: Buffer, associated_data: bytes, buf: Buffer) -> int:
         view = memoryview(data)
         run = self._mode(nonce, bytes(view[-TAG_BYTES:])).decryptor()
         run.authenticate_additional_data(associated_data)
-        return run.update(view[:-TAG_BYTES]) + run.finalize()
+        plain = run.update(view[:-TAG_BYTES]) + run.finalize()
+        memoryview(buf)[:] = plain
+        return len(plain)
 
 
 def derive(dek: bytes, salt: bytes, info: bytes, length: int) -> bytes:
@@ -281,7 +283,8 @@ class Opened:
         self.associated = associated_data(envelope["suite"], salt, model_id)
         key = derive(dek, salt, b"PTMF/1 payload", SUITES[envelope["suite"]])
         self.cipher = _cipher(envelope["suite"], key)
-        self._index, self._chunk = -1, b""
+        self._index, self._chunk = -1, memoryview(b"")
+        """The last chunk of which only a part was asked for."""
 
     @classmethod
     def of(cls, stored: Span, envelope: Mapping[str, Any], model_id: str, keys: Keys) -> "Opened":
@@ -299,29 +302,33 @@ class Opened:
 
     def read(self, start: int, count: int) -> memoryview:
         """Plaintext; raises DecryptionError where a chunk does not verify."""
-        if not count:
-            return memoryview(b"")
-        first, last = start // CHUNK_BYTES, (start + count - 1) // CHUNK_BYTES
-        if first == last:
-            return memoryview(self._open(first))[start - first * CHUNK_BYTES :][:count]
-        out = bytearray()
-        for index in range(first, last + 1):
-            out += memoryview(self._open(index))[max(0, start - index * CHUNK_BYTES) :][: count - len(out)]
-        return memoryview(out)
+        out, end = memoryview(bytearray(count)), start + count
+        for index in range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES) if count else 0):
+            first = index * CHUNK_BYTES
+            chunk_end = min(first + CHUNK_BYTES, self._length)
+            low, high = max(start, first), min(end, chunk_end)
+            if (low, high) == (first, chunk_end) and index != self._index:
+                self._open(index, out[low - start : high - start])
+                continue
+            if index != self._index:
+                self._index = -1
+                self._chunk = memoryview(bytearray(chunk_end - first))
+                self._open(index, self._chunk)
+                self._index = index
+            out[low - start : high - start] = self._chunk[low - first : high - first]
+        return out
 
-    def _open(self, index: int) -> bytes:
+    def _open(self, index: int, out: memoryview) -> None:
+        """Decrypt a chunk; what `out` holds after an error is not plaintext that anybody may see."""
         from cryptography.exceptions import InvalidTag
 
-        if index != self._index:
-            size = CHUNK_BYTES + TAG_BYTES
-            last = (index + 1) * CHUNK_BYTES >= self._length
-            sealed = self.stored.read(index * size, min(size, self.stored.length - index * size))
-            try:
-                self._chunk = self.cipher.decrypt(nonce_of(index, last), sealed, self.associated)
-            except InvalidTag as error:
-                raise DecryptionError(FAILED) from error
-            self._index = index
-        return self._chunk
+        size = CHUNK_BYTES + TAG_BYTES
+        last = (index + 1) * CHUNK_BYTES >= self._length
+        sealed = self.stored.read(index * size, min(size, self.stored.length - index * size))
+        try:
+            self.cipher.decrypt_into(nonce_of(index, last), sealed, self.associated, out)
+        except InvalidTag as error:
+            raise DecryptionError(FAILED) from error
 
 
 def check_envelope(table: Any, data_bytes: int) -> dict[str, Any]:

@@ -27,7 +27,19 @@ from package.samples import save_model, tensors
 
 from moestro.core.errors import PackageError
 from moestro.package import canonical
-from moestro.package.api import Kek, Keys, Options, Package, Release, diff, new_key, pack, save_pair, sign_package
+from moestro.package.api import (
+    Kek,
+    Keys,
+    Options,
+    Package,
+    Release,
+    diff,
+    new_key,
+    pack,
+    save_pair,
+    sign_package,
+    verify,
+)
 from moestro.package.codecs.lowrank import LowRank
 from moestro.package.codecs.lowrank_fit import fit
 from moestro.package.codecs.quantised import Quantised
@@ -293,9 +305,60 @@ def fuzz(count: int, seed: int) -> dict[str, object]:
     }
 
 
+def tamper(count: int, seed: int) -> dict[str, object]:
+    """Change a signed package in so many ways; every one must be found by `verify` with the key that signed."""
+    random = np.random.default_rng(seed)
+    found: Counter[str] = Counter()
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_model(folder / "m", {"a": np.arange(50, dtype=np.float32), "b": np.arange(9)})
+        public = save_pair(new_key("ed25519"), folder / "key")
+        for sequence in (1, 2):
+            package = folder / f"p{sequence}"
+            pack(folder / "m", package, Options(release=Release(package_id="demo", sequence=sequence), compact=True))
+            sign_package(package, folder / "key")
+        trust = Trust.load([public])
+        paths = sorted(path for path in package.rglob("*") if path.is_file())
+        former = [(folder / "p1" / path.relative_to(package)).read_bytes() for path in paths]
+        good = [path.read_bytes() for path in paths]
+        verify(package, trust)
+        for number in range(count):
+            index = number % len(paths)
+            bad, kind = _tampered(random, good[index], former[index])
+            if bad == good[index]:
+                bad, kind = good[index] + b"\0", "extended"
+            paths[index].write_bytes(bad)
+            try:
+                verify(package, trust)
+            except PackageError:
+                found[kind] += 1
+            else:
+                raise AssertionError(f"{kind} of {paths[index]} was not found")
+            paths[index].write_bytes(good[index])
+        verify(package, trust)
+    cpu_s = round(time.process_time() - start, 1)
+    return {"bench": "package_tamper", "tries": count, "found": dict(found), "cpu_s": cpu_s}
+
+
+def _tampered(random: Random, good: bytes, former: bytes) -> tuple[bytes, str]:
+    at, length = int(random.integers(len(good))), int(random.integers(1, 1 + len(good) // 3))
+    match random.integers(5):
+        case 0 | 1:
+            return good[:at] + bytes([good[at] ^ 1 << int(random.integers(8))]) + good[at + 1 :], "changed"
+        case 2:
+            return good[:at], "truncated"
+        case 3:
+            return good[length : 2 * length] + good[:length] + good[2 * length :], "exchanged"
+    return former, "replayed"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", type=int, default=100_000)
+    parser.add_argument("--tries", type=int, default=0, help="also tamper with a signed package so often")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(json.dumps(fuzz(arguments.mutants, arguments.seed)))
+    print(json.dumps(fuzz(arguments.mutants, arguments.seed)), flush=True)
+    if arguments.tries:
+        print(json.dumps(tamper(arguments.tries, arguments.seed)))
