@@ -31,6 +31,8 @@ bench: env
 bench-package: env
 	$(BIN)/python benchmarks/update_pairs.py runs/pairs-small --small
 	$(BIN)/python benchmarks/package.py --gb 0.5 --access-gb 10 --pairs runs/pairs-small
+	$(BIN)/python benchmarks/ship.py runs/bench-ship
+	$(BIN)/python benchmarks/ship_kills.py runs/bench-ship-kills
 	$(BIN)/python tests/package/fuzzing.py --mutants 1000000
 
 bench-routing: env

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from moestro import __version__
 from moestro.cli import (
     apply,
+    collect_garbage,
     diff,
     doctor,
     encrypt,
@@ -23,11 +24,16 @@ from moestro.cli import (
     inspect_package,
     oci,
     pack,
+    pull,
+    push,
     report,
     resume,
+    serve_packages,
     sign,
+    token,
     train,
     unpack,
+    update,
     verify,
 )
 from moestro.core.errors import Error
@@ -57,6 +63,14 @@ app.command("encrypt")(encrypt.encrypt)
 app.command("decrypt")(encrypt.decrypt)
 app.command("to-oci")(oci.to_oci)
 app.command("from-oci")(oci.from_oci)
+app.command("serve-packages")(serve_packages.serve_packages)
+app.command("collect-garbage")(collect_garbage.collect_garbage)
+app.command("push")(push.push)
+app.command("pull")(pull.pull)
+app.command("update")(update.update)
+app.command("rollback")(update.rollback)
+app.command("watch")(update.watch)
+app.add_typer(token.app, name="token")
 app.command("doctor")(doctor.doctor)
 
 

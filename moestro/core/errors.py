@@ -120,6 +120,11 @@ class AccessError(ShipError):
 class RefusalError(ShipError):
     """The store says no: unknown, exists already, too large, too often."""
 
+    def __init__(self, message: str, status: int = 409) -> None:
+        """`status` is the HTTP status that says the same."""
+        self.status = status
+        super().__init__(message)
+
 
 class TransferError(ShipError):
     """The network or the other side fails, after all retries."""
