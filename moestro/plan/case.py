@@ -27,6 +27,8 @@ class Case:
     """Tokens of a sequence."""
     imbalance: Number = 0.0
     """Busiest over mean load of expert ranks, from a load trace; 0 takes the profile's."""
+    effect: Number = 0.0
+    """Logarithm of what the profile knows about this software on this device, beyond its habits."""
 
     @property
     def tokens(self) -> Number:

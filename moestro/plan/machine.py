@@ -44,11 +44,11 @@ def precision_of(text: str) -> Precision:
     """`bf16`, `fp16`, `fp8` (per tensor), `fp8-block`, `mxfp8`, `nvfp4`, `fp32` and longer names that contain one."""
     name = text.lower().replace("_", "-")
     if "fp4" in name:
-        return Precision(narrow=1, four=1, stored_bytes=1.5)
+        return Precision(narrow=1, four=1, stored_bytes=1.05)
     if "mxfp8" in name or "mx-fp8" in name or "fp8-mx" in name:
-        return Precision(narrow=1, block=1, stored_bytes=1.5)
+        return Precision(narrow=1, block=1, stored_bytes=1.05)
     if "fp8" in name or "e4m3" in name:
-        return Precision(narrow=1, stored_bytes=1.5)
+        return Precision(narrow=1, stored_bytes=1.05)
     if "bf16" in name or "fp16" in name or "half" in name or "mixed" in name:
         return Precision()
     if "32" in name:

@@ -64,7 +64,7 @@ def exchange_s(
 
     payload_bytes  of all routed rows of one rank: tokens x experts per token x row
     choices        experts per token. With de-duplication a row crosses to each distinct unit once, n (1 - (1 - 1/n)^k)
-                   of n units, and is spread inside it (FORMULAS 4.5); without, every copy goes straight to its rank
+                   of n units, and is spread inside it, to each distinct rank once (FORMULAS 4.5); without, every copy goes straight to its rank
     """
     slowest: Number = 0.0
     smart = np.asarray(deduplicating) > 0
@@ -76,7 +76,8 @@ def exchange_s(
             crossing = copies * (fan - 1) / fan
         else:
             rate = np.where(smart, constants.dispatch_inside, constants.alltoall_inside)
-            crossing = np.where(smart, (fan - 1) / fan, (fan - 1) * inside / np.maximum(ranks, 1.0))
+            once = np.minimum(fan * (1 - (1 - 1 / fan) ** choices) / choices, 1.0)
+            crossing = np.where(smart, once * (fan - 1) / fan, (fan - 1) / np.maximum(ranks, 1.0))
         slowest = larger(slowest, crossing * payload_bytes / (level.bytes_per_s * rate))
     return np.where(np.asarray(ranks) > 1, slowest + constants.exchange_s, 0.0)
 

@@ -19,6 +19,8 @@ from moestro.plan.machine import REFERENCE_FLOPS_PER_S, Machine, Precision
 
 NARROW_OPERAND_BYTES = 1.3
 """Of an operand of 8-bit products on average: inputs 1 byte, outputs 2."""
+TILE = 256
+"""Sides of matrices are worked on in tiles of this width."""
 GRADIENT_TRAFFIC_BYTES = 8.0
 """Per weight and micro-batch: the gradient is read and written in fp32."""
 
@@ -28,6 +30,7 @@ class Products:
     """Some products of one layer and micro-batch on one rank, forward."""
 
     flops: Number
+    """With every side rounded up to whole tiles."""
     elements: Number
     """Of operands and results."""
     weights: Number
@@ -44,23 +47,30 @@ def products(rows: Number, shapes: Sequence[tuple[Number, Number]], copies: Numb
     copies  matrices of each shape that share the rows: the experts on this rank
     """
     weights: Number = 0.0
+    padded: Number = 0.0
     inner_sum: Number = 0.0
     outer_sum: Number = 0.0
     kernels: Number = 0.0
     for inner, outer in shapes:
         there = (np.asarray(inner) > 0) & (np.asarray(outer) > 0)
         weights = weights + np.where(there, inner * outer, 0.0)
+        padded = padded + np.where(there, _padded(inner) * _padded(outer), 0.0)
         inner_sum = inner_sum + np.where(there, inner, 0.0)
         outer_sum = outer_sum + np.where(there, outer, 0.0)
         kernels = kernels + there
     return Products(
-        flops=2 * rows * weights,
+        flops=2 * rows * padded,
         elements=rows * (inner_sum + outer_sum) + copies * weights,
         weights=copies * weights,
         inputs=rows * inner_sum,
         depth=weights / np.maximum(outer_sum, 1.0),
         kernels=kernels,
     )
+
+
+def _padded(side: Number) -> Number:
+    """A side of a matrix as tiles see it."""
+    return np.ceil(np.asarray(side) / TILE) * TILE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

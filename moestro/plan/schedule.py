@@ -68,20 +68,14 @@ def slowest_stage(layout: Layout, num_layers: Number, layer_s: Number, head_s: N
 
     layer_s  of one (mean) layer        head_s  of what only the last stage has: output head, further heads
 
-    Even stages carry the head on top of the last one. Otherwise (layers do not divide, or by_cost) the head counts like
-    layers: chunks of ceil((layers + head slots) / chunks) layers at most, or the best split of whole layers.
+    Where layers divide evenly, stages are even and the last one carries the head on top, as Megatron cuts by default.
+    Otherwise, and with by_cost, whole layers are split so that the fullest stage is as light as possible.
     """
-    p, v = layout.pp, layout.virtual
     alone = num_layers * layer_s + head_s
-    even = alone / p + head_s * (1 - 1 / p)
-    head_layers = head_s / np.maximum(layer_s, 1e-12)
-    mean = (num_layers + head_layers) / p
-    slots = np.ceil((num_layers + np.maximum(np.round(head_layers), 1.0)) / (p * v)) * v
-    uneven = np.minimum(np.maximum(mean, slots) * layer_s, even + layer_s)
-    by_cost = _best_split(p, num_layers, head_layers) * layer_s
-    staged = np.where(even_layers(layout, num_layers) > 0, even, uneven)
-    staged = np.where(np.asarray(layout.by_cost) > 0, by_cost, staged)
-    return np.where(np.asarray(p) > 1, staged, alone)
+    even = alone / layout.pp + head_s * (1 - 1 / layout.pp)
+    by_cost = _best_split(layout.pp, num_layers, head_s / np.maximum(layer_s, 1e-12)) * layer_s
+    staged = np.where((even_layers(layout, num_layers) > 0) & (np.asarray(layout.by_cost) <= 0), even, by_cost)
+    return np.where(np.asarray(layout.pp) > 1, staged, alone)
 
 
 def _best_split(stages: Number, num_layers: Number, head_layers: Number) -> Number:

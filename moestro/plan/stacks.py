@@ -68,6 +68,10 @@ class Stack:
     """ZeRO-3: gathers of one layer's weights."""
     logit_bytes: float = 6.0
     """Peak bytes per logit around the loss."""
+    narrow_kept: bool = True
+    """In 8- and 4-bit training the inputs of products are kept in that format for the backward pass."""
+    again_unsaid: str = ""
+    """What it does again where nothing is said about recomputation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +101,8 @@ class Traits:
     bucket_bytes: Number = 0.0
     collectives_per_layer: Number = 1.0
     logit_bytes: Number = 6.0
+    narrow_kept: Number = 1.0
+    overlap_weights: Number = 1.0
 
 
 def traits(stack: Stack, device: DeviceSpec) -> Traits:
@@ -123,6 +129,8 @@ def traits(stack: Stack, device: DeviceSpec) -> Traits:
         bucket_bytes=stack.bucket_mb * MEGABYTE,
         collectives_per_layer=stack.collectives_per_layer,
         logit_bytes=stack.logit_bytes,
+        narrow_kept=float(stack.narrow_kept),
+        overlap_weights=float(stack.overlap_weights and stack.overlap_gradients),
     )
 
 
