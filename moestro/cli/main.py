@@ -11,7 +11,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from moestro import __version__
-from moestro.cli import doctor, evaluate, export_model, generate, import_model, report, resume, train
+from moestro.cli import doctor, evaluate, export_model, generate, import_model, plan, report, resume, train
 from moestro.core.errors import Error
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(plan.app, name="plan")
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("evaluate")(evaluate.evaluate)

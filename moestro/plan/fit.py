@@ -12,20 +12,28 @@ They make a group of 47 rows count little more than one of 5, and give the p10-p
 (weights by iteration), so that a broken measurement does not bend the rest.
 """
 
+import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
+from moestro.plan.case import Case
 from moestro.plan.columns import Array
-from moestro.plan.constants import NAMES, from_logs, prior_means, prior_spreads
+from moestro.plan.constants import NAMES, Constants, from_logs, prior_means, prior_spreads
+from moestro.plan.profile import (
+    EFFECT_SPREADS,
+    GROUP_SPREAD,
+    NOISE_SPREAD,
+    TENTH,
+    Profile,
+    effect_and_spread,
+    effect_names,
+    predict,
+)
 from moestro.plan.published import Row, together
 from moestro.plan.step import step_time
 
-EFFECT_SPREADS = {"software": 0.08, "device": 0.04, "pair": 0.05, "kind": 0.06}
-"""Standard deviations of effects: of a software, of a device, of a software on a device, of a software's sparse models."""
-GROUP_SPREAD = {"dense": 0.05, "moe": 0.12}
-NOISE_SPREAD = {"dense": 0.03, "moe": 0.06}
 FREEDOM = 4.0
 """Degrees of freedom of the noise."""
 DIFFERENCE = 1e-4
@@ -45,15 +53,13 @@ class Fit:
     names_E: tuple[str, ...]
 
 
-def effect_names(row: Row) -> list[str]:
-    """Effects that act on a row."""
-    kinds = [f"software {row.software}", f"device {row.device}", f"pair {row.software} {row.device}"]
-    return [*kinds, f"kind {row.software} {row.kind}"]
+def _names(row: Row) -> list[str]:
+    return effect_names(row.software, row.device, row.kind)
 
 
 def fit(rows: Sequence[Row], start: Fit | None = None) -> Fit:
     """The most probable constants and effects."""
-    names = tuple(sorted({name for row in rows for name in effect_names(row)}))
+    names = tuple(sorted({name for row in rows for name in _names(row)}))
     num = len(NAMES)
     theta = np.concatenate([prior_means() if start is None else start.log_P, np.zeros(len(names))])
     if start is not None:
@@ -61,7 +67,7 @@ def fit(rows: Sequence[Row], start: Fit | None = None) -> Fit:
         theta[num:] = [known.get(name, 0.0) for name in names]
     center = np.concatenate([prior_means(), np.zeros(len(names))])
     spread = np.concatenate([prior_spreads(), [EFFECT_SPREADS[name.split()[0]] for name in names]])
-    incidence = np.array([[float(name in effect_names(row)) for name in names] for row in rows])
+    incidence = np.array([[float(name in _names(row)) for name in names] for row in rows])
     case, measured = together(rows), np.log([row.step_s for row in rows])
     weights = np.ones(len(rows))
     precision = np.eye(len(theta))
@@ -81,7 +87,7 @@ def fit(rows: Sequence[Row], start: Fit | None = None) -> Fit:
     )
 
 
-def jacobian(case, log_P: Array) -> tuple[Array, Array]:
+def jacobian(case: Case, log_P: Array) -> tuple[Array, Array]:
     """(log seconds of every row, its slopes [rows, constants]) by differences, in one evaluation."""
     settings = np.repeat(log_P[:, None, None], len(log_P) + 1, axis=1)
     settings[np.arange(len(log_P)), 1 + np.arange(len(log_P)), 0] += DIFFERENCE
@@ -109,20 +115,47 @@ def _t_weights(rows: Sequence[Row], residual: Array) -> Array:
     return weights
 
 
-def predict(rows: Sequence[Row], found: Fit) -> Array:
-    """Logarithms of the seconds, effects included; unknown effects are 0."""
-    known = dict(zip(found.names_E, found.effect_E, strict=True))
-    effects = np.array([sum(known.get(name, 0.0) for name in effect_names(row)) for row in rows])
-    case = replace(together(rows), effect=effects)
-    return np.log(step_time(case, from_logs(found.log_P)).total_s)
+def profile_of(found: Fit, name: str, widen: dict[str, float] | None = None, source: str = "") -> Profile:
+    """The fit as a profile."""
+    effects = {name: float(value) for name, value in zip(found.names_E, found.effect_E, strict=True)}
+    fitted = datetime.date.today().isoformat()
+    constants = Constants(**{name: float(value) for name, value in zip(NAMES, np.exp(found.log_P), strict=True)})
+    return Profile(
+        name=name, constants=constants, effects=effects, widen=widen or {}, source=source, fitted=fitted
+    )
 
 
-def left_out(rows: Sequence[Row], whole: Fit) -> dict[str, float]:
-    """Seconds of every row, by a fit that saw no row of its group."""
-    seconds: dict[str, float] = {}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """Predictions of rows by fits that saw no row of their group."""
+
+    step_s: dict[str, float]
+    spread: dict[str, float]
+    """Standard deviation of the logarithm, before widening."""
+
+
+def left_out(rows: Sequence[Row], whole: Fit) -> LeftOut:
+    """Predict every group by a fit to all others."""
+    found = LeftOut(step_s={}, spread={})
     for group in sorted({row.group for row in rows}):
         kept = [row for row in rows if row.group != group]
         asked = [row for row in rows if row.group == group]
-        found = fit(kept, whole)
-        seconds |= {row.id: float(s) for row, s in zip(asked, np.exp(predict(asked, found)), strict=True)}
-    return seconds
+        profile = profile_of(fit(kept, whole), "without " + group)
+        predicted = predict(asked, profile)
+        for place, row in enumerate(asked):
+            found.step_s[row.id] = float(predicted.step_s[place])
+            found.spread[row.id] = effect_and_spread(profile, row.software, row.device, row.kind)[1]
+    return found
+
+
+def widening(rows: Sequence[Row], found: LeftOut, share: float = 0.8) -> dict[str, float]:
+    """By kind: the factor on spreads with which p10-p90 covers `share` of left-out rows, every group weighing the same."""
+    widen = {}
+    for kind in GROUP_SPREAD:
+        of = [row for row in rows if row.kind == kind]
+        sizes = {row.group: sum(other.group == row.group for other in of) for row in of}
+        z = np.array([abs(np.log(found.step_s[row.id] / row.step_s)) / found.spread[row.id] for row in of])
+        order = np.argsort(z)
+        weight = np.cumsum(np.array([1 / sizes[row.group] for row in of])[order]) / len(sizes)
+        widen[kind] = float(z[order][min(np.searchsorted(weight, share), len(of) - 1)] / TENTH)
+    return widen

@@ -6,7 +6,7 @@ Ranks are numbered as Megatron and issue 3's mesh do, fastest first: tp, cp, dp,
 So a group's stride tells which level of the network its messages cross.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -90,6 +90,12 @@ def text_of(layout: Layout) -> str:
     if layout.pp != 1:
         parts.append(SCHEDULES[int(layout.schedule)])
     return " ".join(parts) + recompute_text(layout)
+
+
+def as_table(layout: Layout) -> dict[str, float | str]:
+    """A single layout as plain numbers, the schedule by name."""
+    numbers: dict[str, float | str] = {item.name: float(getattr(layout, item.name)) for item in fields(layout)}
+    return {**numbers, "dp": float(layout.dp), "schedule": SCHEDULES[int(layout.schedule)]}
 
 
 def recompute_text(layout: Layout) -> str:
