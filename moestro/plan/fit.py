@@ -53,20 +53,35 @@ class Fit:
     names_E: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What is known before fitting, where it is not PRIORS."""
+
+    center_P: Array
+    """Logarithms."""
+    spread_P: Array
+    effect_spread: float
+    """Of every effect."""
+
+
 def _names(row: Row) -> list[str]:
     return effect_names(row.software, row.device, row.kind)
 
 
-def fit(rows: Sequence[Row], start: Fit | None = None) -> Fit:
-    """The most probable constants and effects."""
+def fit(rows: Sequence[Row], start: Fit | None = None, known: Known | None = None) -> Fit:
+    """The most probable constants and effects.
+
+    start  where to begin, for speed: the fit of nearly the same rows
+    """
     names = tuple(sorted({name for row in rows for name in _names(row)}))
     num = len(NAMES)
-    theta = np.concatenate([prior_means() if start is None else start.log_P, np.zeros(len(names))])
+    center_P, spread_P = (prior_means(), prior_spreads()) if known is None else (known.center_P, known.spread_P)
+    spread_E = [EFFECT_SPREADS[name.split()[0]] if known is None else known.effect_spread for name in names]
+    center, spread = np.concatenate([center_P, np.zeros(len(names))]), np.concatenate([spread_P, spread_E])
+    theta = center.copy()
     if start is not None:
-        known = dict(zip(start.names_E, start.effect_E, strict=True))
-        theta[num:] = [known.get(name, 0.0) for name in names]
-    center = np.concatenate([prior_means(), np.zeros(len(names))])
-    spread = np.concatenate([prior_spreads(), [EFFECT_SPREADS[name.split()[0]] for name in names]])
+        learned = dict(zip(start.names_E, start.effect_E, strict=True))
+        theta = np.concatenate([start.log_P, [learned.get(name, 0.0) for name in names]])
     incidence = np.array([[float(name in _names(row)) for name in names] for row in rows])
     case, measured = together(rows), np.log([row.step_s for row in rows])
     weights = np.ones(len(rows))

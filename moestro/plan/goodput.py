@@ -33,7 +33,7 @@ class Reliability:
     failures_per_device_day: float = LLAMA3_FAILURES
     checkpoint_s: float = 5.0
     """Time that training stands still for one checkpoint; small where it is written in the background."""
-    restart_s: float = 300.0
+    restart_s: float = 600.0
     """From a failure until work goes on: notice, replace, start, load."""
     planned_share: float = 0.0
     """Of wall time spent on maintenance that is planned."""
