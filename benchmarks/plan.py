@@ -1,6 +1,6 @@
 """How well does the planner predict published training runs it has not seen, and how fast is it?
 
-    benchmarks/published_rows.json -> fit, leave each report out -> errors, bands, memory, ranking -> a table, one JSON line
+    published_rows.json -> fit, leave each report out -> errors, bands, memory, ranking -> a table, one JSON line
 
 Errors are of step time. "Left out" means that no row of the report was fitted on; every report (group) weighs the same.
 With --profile the fit to all rows is written to moestro/plan/profiles/published.json, which the package ships.
@@ -49,7 +49,12 @@ def main() -> None:
     if asked.profile:
         save_profile(profile, PACKAGE / "plan" / "profiles" / "published.json")
     fitted = dict(zip([row.id for row in rows], predict(rows, profile).step_s.tolist(), strict=True))
-    result: dict[str, object] = {"bench": "plan", "rows": len(rows), "reports": len(groups(rows)), "fit_s": round(fit_s, 2)}
+    result: dict[str, object] = {
+        "bench": "plan",
+        "rows": len(rows),
+        "reports": len(groups(rows)),
+        "fit_s": round(fit_s, 2),
+    }
     for kind in ("dense", "moe"):
         result[f"{kind}_left_out"] = spread_of_errors(rows, unseen.step_s, kind)
         result[f"{kind}_fit"] = spread_of_errors(rows, fitted, kind)
@@ -58,8 +63,10 @@ def main() -> None:
         result[f"{kind}_band_coverage_other_half"] = coverage_other_half(rows, unseen, kind)
     result |= ranking(rows, unseen.step_s) | memory(everything, profile) | answering(everything, profile)
     result |= searching(load_profile() if not asked.profile else profile)
-    good = {f"restart_{seconds}_s": round(100 * goodput(16384, Reliability(restart_s=seconds)).share, 1)
-            for seconds in (300, 600, 900)}
+    good = {
+        f"restart_{seconds}_s": round(100 * goodput(16384, Reliability(restart_s=seconds)).share, 1)
+        for seconds in (300, 600, 900)
+    }
     result["goodput_16384_percent"] = good
     for name, value in result.items():
         print(f"{name:32s} {value}")
@@ -83,8 +90,10 @@ def spread_of_errors(rows: Sequence[Row], step_s: dict[str, float], kind: str) -
     errors = [[abs(step_s[row.id] / row.step_s - 1) for row in of] for of in by_group.values()]
     medians, single = [np.median(of) for of in errors], [error for of in errors for error in of]
     return {
-        "median": percent(np.median(medians)), "p90": percent(np.quantile(medians, 0.9)),
-        "row_median": percent(np.median(single)), "row_p90": percent(np.quantile(single, 0.9)),
+        "median": percent(np.median(medians)),
+        "p90": percent(np.quantile(medians, 0.9)),
+        "row_median": percent(np.median(single)),
+        "row_p90": percent(np.quantile(single, 0.9)),
     }
 
 
@@ -175,8 +184,11 @@ def answering(rows: Sequence[Row], profile: Profile) -> dict[str, object]:
         predict([row], profile)
     alone = (time.perf_counter() - one) / 20
     answered = int(np.isfinite(found.step_s).sum())
-    return {"answered": f"{answered} of {len(rows)}", "ms_a_row": round(1e3 * spent / len(rows), 3),
-            "ms_one_row_alone": round(1e3 * alone, 2)}
+    return {
+        "answered": f"{answered} of {len(rows)}",
+        "ms_a_row": round(1e3 * spent / len(rows), 3),
+        "ms_one_row_alone": round(1e3 * alone, 2),
+    }
 
 
 def searching(profile: Profile) -> dict[str, object]:
@@ -186,11 +198,17 @@ def searching(profile: Profile) -> dict[str, object]:
         question = Question(
             shape=read_model(PACKAGE / "specs" / "models" / "moe-1t.toml"),
             cluster=read_cluster(PACKAGE / "specs" / "clusters" / "h100.toml"),
-            stack=find_stack(""), profile=profile, devices=devices, sequences=max(devices, 4096), length=4096,
+            stack=find_stack(""),
+            profile=profile,
+            devices=devices,
+            sequences=max(devices, 4096),
+            length=4096,
         )
         found = search(question)
         result[f"search_{devices}"] = {
-            "seconds": round(found.seconds, 2), "layouts": found.considered, "fit": found.fitting,
+            "seconds": round(found.seconds, 2),
+            "layouts": found.considered,
+            "fit": found.fitting,
             "us_a_layout": round(1e6 * found.seconds / found.considered, 1),
             "gib": round(float(found.memories[0].total_bytes) / GIB, 1),
         }

@@ -1,4 +1,4 @@
-"""`moestro plan`: the fastest layout that fits, what it costs, and how sure that is; `predict`, `simulate`, `calibrate`."""
+"""`moestro plan`: the fastest layout that fits, its cost, and how sure that is; `predict`, `simulate`, `calibrate`."""
 
 import json
 from pathlib import Path
@@ -13,23 +13,33 @@ if TYPE_CHECKING:
     from moestro.plan.search import Found, Question
 
 app = typer.Typer(
-    help="Plan a training run: memory, time, layout, goodput and cost.", context_settings={"help_option_names": ["-h", "--help"]}
+    help="Plan a training run: memory, time, layout, goodput and cost.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 MODEL = typer.Option(..., "--model", "-m", help="A model file, a recipe, a config.json, or a name of a known model.")
-CLUSTER = typer.Option("h100", "--cluster", "-c", help="A cluster.toml, or a name: a100 h100 h200 b200 b300 gb200 gb300 mi300x cpu.")
+CLUSTER = typer.Option(
+    "h100", "--cluster", "-c", help="A cluster.toml, or a name: a100 h100 h200 b200 b300 gb200 gb300 mi300x cpu."
+)
 DEVICES = typer.Option(64, "--devices", "-n", help="Devices to train on.")
 SEQUENCES = typer.Option(0, "--sequences", "-b", help="Sequences of one step over all ranks; 0 takes 4 a device.")
 LENGTH = typer.Option(4096, "--length", "-l", help="Tokens of a sequence.")
 PRECISION = typer.Option("bf16", help="bf16 fp16 fp8 fp8-block mxfp8 nvfp4 fp32.")
 SOFTWARE = typer.Option("", help="Training software and version, for example 'NeMo 25.04'; empty is a present-day one.")
-SET = typer.Option([], "--set", metavar="KEY=VALUE", help="What-if: network.spine=2x, device.memory_gib=192, model.num_layers=96, layout.tp=8, reliability.restart_s=900.")
+SET = typer.Option(
+    [],
+    "--set",
+    metavar="KEY=VALUE",
+    help="What-if: network.spine=2x, device.memory_gib=192, model.num_layers=96, layout.tp=8, reliability.restart_s=9.",
+)
 PROFILE = typer.Option(None, help="A profile written by `moestro plan calibrate`.")
 
 
 @app.callback(invoke_without_command=True)
 def plan(
     context: typer.Context,
-    model: str = typer.Option("", "--model", "-m", help="A model file, a recipe, a config.json, or a name of a known model."),
+    model: str = typer.Option(
+        "", "--model", "-m", help="A model file, a recipe, a config.json, or a name of a known model."
+    ),
     cluster: str = CLUSTER,
     devices: int = DEVICES,
     sequences: int = SEQUENCES,
@@ -58,8 +68,17 @@ def plan(
     from moestro.plan.search import search
 
     question = _question(
-        model=model, cluster=cluster, devices=devices, sequences=sequences, length=length, precision=precision,
-        software=software, settings=settings, loads=loads, imbalance=imbalance, profile=profile,
+        model=model,
+        cluster=cluster,
+        devices=devices,
+        sequences=sequences,
+        length=length,
+        precision=precision,
+        software=software,
+        settings=settings,
+        loads=loads,
+        imbalance=imbalance,
+        profile=profile,
     )
     found = search(question, keep)
     if out:
@@ -79,7 +98,9 @@ def plan(
 def predict(
     rows: Path = typer.Argument(help="JSON rows: a list, or an object with 'entries'."),
     out: Path = typer.Option(None, "--out", "-o", help="Write {id: prediction} here; else it is printed."),
-    anchor: list[str] = typer.Option([], "--anchor", metavar="ID=STEP_S", help="A measured row: its group is conditioned on it."),
+    anchor: list[str] = typer.Option(
+        [], "--anchor", metavar="ID=STEP_S", help="A measured row: its group is conditioned on it."
+    ),
     profile: Path = PROFILE,
 ) -> None:
     """Predict step time with its p10-p90 band, peak memory (GB = 1e9 bytes) and whether it fits, for every row."""
@@ -133,14 +154,26 @@ def simulate(
     from moestro.plan.timeline import play, write_trace
 
     question = _question(
-        model=model, cluster=cluster, devices=devices, sequences=sequences, length=length, precision=precision,
-        software=software, settings=settings, loads=None, imbalance=0.0, profile=profile,
+        model=model,
+        cluster=cluster,
+        devices=devices,
+        sequences=sequences,
+        length=length,
+        precision=precision,
+        software=software,
+        settings=settings,
+        loads=None,
+        imbalance=0.0,
+        profile=profile,
     )
     found = search(question, 1)
-    played = play(found.layouts[0], found.steps[0], question.shape.num_layers, jitter=jitter, seed=seed)
+    played = play(found.layouts[0], found.steps[0], jitter=jitter, seed=seed)
     result: dict[str, Any] = {
-        "step_s": played.step_s, "predicted_step_s": float(found.steps[0].total_s),
-        "busy_share": played.busy_share, "events": played.num_events, "devices": question.devices,
+        "step_s": played.step_s,
+        "predicted_step_s": float(found.steps[0].total_s),
+        "busy_share": played.busy_share,
+        "events": played.num_events,
+        "devices": question.devices,
     }
     if trace:
         write_trace(trace, played)
@@ -150,11 +183,15 @@ def simulate(
     if as_json:
         print(json.dumps(result))
         return
-    print(f"one step: {played.step_s:.3f} s played, {float(found.steps[0].total_s):.3f} s in closed form; stages busy "
-          f"{100 * played.busy_share:.1f} %; {played.num_events} events on {question.devices} devices")
+    print(
+        f"one step: {played.step_s:.3f} s played, {float(found.steps[0].total_s):.3f} s in closed form; stages busy "
+        f"{100 * played.busy_share:.1f} %; {played.num_events} events on {question.devices} devices"
+    )
     if tokens:
-        print(f"{runs} runs of {tokens:.3g} tokens: {result['wall_days_p10']:.1f} - {result['wall_days_p90']:.1f} days "
-              f"(p10 - p90), {result['failures_mean']:.0f} failures, goodput {100 * result['goodput_mean']:.1f} %")
+        print(
+            f"{runs} runs of {tokens:.3g} tokens: {result['wall_days_p10']:.1f} - {result['wall_days_p90']:.1f} days "
+            f"(p10 - p90), {result['failures_mean']:.0f} failures, goodput {100 * result['goodput_mean']:.1f} %"
+        )
     if trace:
         print(f"wrote {trace}")
 
@@ -174,8 +211,20 @@ def calibrate(
     print(json.dumps(result) if as_json else result["text"])
 
 
-def _question(*, model: str, cluster: str, devices: int, sequences: int, length: int, precision: str, software: str,
-              settings: list[str], loads: Path | None, imbalance: float, profile: Path | None) -> "Question":
+def _question(
+    *,
+    model: str,
+    cluster: str,
+    devices: int,
+    sequences: int,
+    length: int,
+    precision: str,
+    software: str,
+    settings: list[str],
+    loads: Path | None,
+    imbalance: float,
+    profile: Path | None,
+) -> "Question":
     from moestro.cluster.topology import read_cluster
     from moestro.plan.loads import read_loads
     from moestro.plan.profile import load_profile
@@ -192,8 +241,15 @@ def _question(*, model: str, cluster: str, devices: int, sequences: int, length:
     if devices > park.most_devices:
         raise PlanError(f"--devices is {devices}; {park.name} has {park.most_devices:.0f}")
     return Question(
-        shape=shape, cluster=park, stack=find_stack(software), profile=load_profile(profile), devices=devices,
-        sequences=sequences or 4 * devices, length=length, precision=precision, imbalance=imbalance,
+        shape=shape,
+        cluster=park,
+        stack=find_stack(software),
+        profile=load_profile(profile),
+        devices=devices,
+        sequences=sequences or 4 * devices,
+        length=length,
+        precision=precision,
+        imbalance=imbalance,
         expert_load=read_loads(loads, int(shape.experts)) if loads else (),
         fixed=layout_settings(of_kind(settings, "layout")),
     )
@@ -214,9 +270,12 @@ def _print(question: "Question", found: "Found", settings: list[str], tokens: fl
     from moestro.plan.search import room_gib
 
     shape = question.shape
-    print(f"{shape.name}: {count_text(float(shape.total_params))} weights, {count_text(float(shape.active_params))} a token, "
-          f"{question.sequences} sequences of {question.length}, {question.precision}, on {question.devices} x "
-          f"{question.cluster.device.name}")
+    print(
+        f"{shape.name}: {count_text(float(shape.total_params))} weights, "
+        f"{count_text(float(shape.active_params))} a token, "
+        f"{question.sequences} sequences of {question.length}, {question.precision}, on {question.devices} x "
+        f"{question.cluster.device.name}"
+    )
     print("\n".join(table_lines(question, found)))
     print(f"  {found.considered} layouts can run, {found.fitting} fit; searched in {found.seconds:.2f} s")
     if explain:
@@ -225,8 +284,10 @@ def _print(question: "Question", found: "Found", settings: list[str], tokens: fl
         print("where the memory goes:")
         print("\n".join(memory_lines(found.memories[0], room_gib(question))))
     run = _run_json(question, found, settings, tokens)
-    print(f"goodput {100 * run['goodput']:.1f} %: a failure every {run['hours_between_failures']:.1f} h, a checkpoint every "
-          f"{run['checkpoint_minutes']:.1f} min")
+    print(
+        f"goodput {100 * run['goodput']:.1f} %: a failure every {run['hours_between_failures']:.1f} h, "
+        f"a checkpoint every {run['checkpoint_minutes']:.1f} min"
+    )
     if tokens:
         print(f"{tokens:.3g} tokens: {run['days']:.1f} days, {run['energy_mwh']:.0f} MWh, {run['price_usd']:,.0f} USD")
 
@@ -236,25 +297,44 @@ def _run_json(question: "Question", found: "Found", settings: list[str], tokens:
 
     device, seconds = question.cluster.device, float(found.steps[0].total_s)
     good = goodput(question.devices, _reliability(settings))
-    result = {"goodput": good.share, "hours_between_failures": good.mean_between_failures_s / 3600,
-              "checkpoint_minutes": good.interval_s / 60}
+    result = {
+        "goodput": good.share,
+        "hours_between_failures": good.mean_between_failures_s / 3600,
+        "checkpoint_minutes": good.interval_s / 60,
+    }
     if tokens:
         cost = run_cost(
-            tokens=tokens, tokens_per_step=question.sequences * question.length, step_s=seconds, share=good.share,
-            devices=question.devices, power_w=device.power_w, usd_per_hour=device.usd_per_hour,
+            tokens=tokens,
+            tokens_per_step=question.sequences * question.length,
+            step_s=seconds,
+            share=good.share,
+            devices=question.devices,
+            power_w=device.power_w,
+            usd_per_hour=device.usd_per_hour,
         )
-        result |= {"steps": cost.steps, "days": cost.hours / 24, "energy_mwh": cost.energy_mwh, "price_usd": cost.price_usd}
+        result |= {
+            "steps": cost.steps,
+            "days": cost.hours / 24,
+            "energy_mwh": cost.energy_mwh,
+            "price_usd": cost.price_usd,
+        }
     return result
 
 
-def _simulated_run(question: "Question", found: "Found", settings: list[str], tokens: float, *, runs: int, seed: int) -> dict[str, float]:
+def _simulated_run(
+    question: "Question", found: "Found", settings: list[str], tokens: float, *, runs: int, seed: int
+) -> dict[str, float]:
     from moestro.plan.goodput import simulate as simulate_runs
 
     work = tokens / (question.sequences * question.length) * float(found.steps[0].total_s)
-    drawn = simulate_runs(work, question.devices, _reliability(settings), runs=runs, seed=seed, step_spread=found.spread)
+    drawn = simulate_runs(
+        work, question.devices, _reliability(settings), runs=runs, seed=seed, step_spread=found.spread
+    )
     return {
-        "wall_days_p10": drawn.percentile(0.1) / 24, "wall_days_p50": drawn.percentile(0.5) / 24,
-        "wall_days_p90": drawn.percentile(0.9) / 24, "failures_mean": float(drawn.failures_R.mean()),
+        "wall_days_p10": drawn.percentile(0.1) / 24,
+        "wall_days_p50": drawn.percentile(0.5) / 24,
+        "wall_days_p90": drawn.percentile(0.9) / 24,
+        "failures_mean": float(drawn.failures_R.mean()),
         "goodput_mean": float((work / 3600 / drawn.wall_hours_R).mean()),
     }
 
@@ -269,16 +349,32 @@ def _as_json(question: "Question", found: "Found", settings: list[str], tokens: 
     for layout, step, memory in zip(found.layouts, found.steps, found.memories, strict=True):
         seconds = float(step.total_s)
         factor = 2.718281828459045 ** (TENTH * found.spread)
-        layouts.append({
-            "text": text_of(layout), "layout": as_table(layout), "step_s": seconds, "p10_s": seconds / factor,
-            "p90_s": seconds * factor, "mfu": model_flops_share(question, seconds, question_peak(question)),
-            "memory_gib": float(memory.total_gib), "time_ms": time_parts(step), "memory_parts_gib": memory_parts(memory),
-        })
+        layouts.append(
+            {
+                "text": text_of(layout),
+                "layout": as_table(layout),
+                "step_s": seconds,
+                "p10_s": seconds / factor,
+                "p90_s": seconds * factor,
+                "mfu": model_flops_share(question, seconds, question_peak(question)),
+                "memory_gib": float(memory.total_gib),
+                "time_ms": time_parts(step),
+                "memory_parts_gib": memory_parts(memory),
+            }
+        )
     return {
-        "model": question.shape.name, "devices": question.devices, "device": question.cluster.device.name,
-        "sequences": question.sequences, "length": question.length, "precision": question.precision,
-        "considered": found.considered, "fitting": found.fitting, "search_s": found.seconds,
-        "room_gib": room_gib(question), "layouts": layouts, "run": _run_json(question, found, settings, tokens),
+        "model": question.shape.name,
+        "devices": question.devices,
+        "device": question.cluster.device.name,
+        "sequences": question.sequences,
+        "length": question.length,
+        "precision": question.precision,
+        "considered": found.considered,
+        "fitting": found.fitting,
+        "search_s": found.seconds,
+        "room_gib": room_gib(question),
+        "layouts": layouts,
+        "run": _run_json(question, found, settings, tokens),
     }
 
 
@@ -317,5 +413,7 @@ def _source(path: Path) -> dict[str, Any]:
     from moestro.core.config import read_toml
 
     if path.suffix != ".toml":
-        raise PlanError(f"--out needs a model file or recipe in TOML; `moestro import {path}` makes one of a config.json")
+        raise PlanError(
+            f"--out needs a model file or recipe in TOML; `moestro import {path}` makes one of a config.json"
+        )
     return read_toml(path)

@@ -27,9 +27,21 @@ def trials(ranks: int) -> list[Trial]:
     """What is run: one size changes at a time, and a few together."""
     base = Trial(ranks=ranks)
     changes: list[dict[str, int]] = [
-        {}, {"width": 128}, {"width": 384}, {"num_layers": 2}, {"num_layers": 6}, {"length": 128}, {"length": 512},
-        {"sequences": 8}, {"sequences": 32}, {"num_experts": 4}, {"num_experts": 16}, {"expert_width": 256},
-        {"expert_width": 768}, {"micro_batches": 4}, {"width": 384, "num_layers": 2, "sequences": 8},
+        {},
+        {"width": 128},
+        {"width": 384},
+        {"num_layers": 2},
+        {"num_layers": 6},
+        {"length": 128},
+        {"length": 512},
+        {"sequences": 8},
+        {"sequences": 32},
+        {"num_experts": 4},
+        {"num_experts": 16},
+        {"expert_width": 256},
+        {"expert_width": 768},
+        {"micro_batches": 4},
+        {"width": 384, "num_layers": 2, "sequences": 8},
         {"width": 128, "num_experts": 16, "sequences": 32},
     ]
     return [base.changed(**change) for change in changes]

@@ -1,6 +1,6 @@
 """What is publicly known about accelerators, by family: for rows and clusters that name a device and little else.
 
-    find_device("GB200-NVL72") -> DeviceSpec of family GB200, or None
+find_device("GB200-NVL72") -> DeviceSpec of family GB200, or None
 """
 
 import re

@@ -86,8 +86,8 @@ class LevelSpec:
     def __post_init__(self) -> None:
         if self.gb_per_s is None:
             raise ClusterError(
-                f"network.{self.name}.gb_per_s is missing; give the link's speed in GB/s per direction (a 400 Gb/s card "
-                "is 50), or set it for one question with --set network." + self.name + "=50"
+                f"network.{self.name}.gb_per_s is missing; give the link's speed in GB/s per direction (a 400 Gb/s "
+                "card is 50), or set it for one question with --set network." + self.name + "=50"
             )
         for name, low in (("fan_out", 0), ("gb_per_s", 0), ("sharing", 0), ("latency_us", 0)):
             value = getattr(self, name)
@@ -162,14 +162,18 @@ def with_settings(table: Table, settings: Sequence[str]) -> Table:
         name, equals, text = setting.partition("=")
         kind, *keys = name.split(".")
         if not equals or kind not in ("network", "device") or not keys:
-            raise ConfigError(f"'{setting}' is not a what-if; write network.LEVEL=2x, network.LEVEL.KEY=VALUE or device.KEY=VALUE")
+            raise ConfigError(
+                f"'{setting}' is not a what-if; write network.LEVEL=2x, network.LEVEL.KEY=VALUE or device.KEY=VALUE"
+            )
         if kind == "device":
             _set(table["device"], keys, text, name)
             continue
         level = next((level for level in levels if level.get("name") == keys[0]), None)
         if level is None:
             known = ", ".join(str(level.get("name")) for level in levels)
-            raise ConfigError(f"network.{keys[0]} is not a level of {table.get('name', 'this cluster')}; it has {known}")
+            raise ConfigError(
+                f"network.{keys[0]} is not a level of {table.get('name', 'this cluster')}; it has {known}"
+            )
         _set(level, keys[1:] or ["gb_per_s"], text, name)
     return table
 

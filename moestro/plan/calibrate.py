@@ -29,9 +29,26 @@ from moestro.plan.shape import shape_of
 from moestro.plan.stacks import find_stack, traits
 
 FREE = (
-    "matmul_share", "grouped_share", "depth_half", "operand_weight", "memory_share", "kernel_s", "fused_share",
-    "elementwise", "elementwise_sparse", "loss_traffic", "host_s", "optimizer", "step_s", "across_share",
-    "inside_share", "collective_s", "hop_inside_s", "exchange_s", "alltoall_inside", "imbalance",
+    "matmul_share",
+    "grouped_share",
+    "depth_half",
+    "operand_weight",
+    "memory_share",
+    "kernel_s",
+    "fused_share",
+    "elementwise",
+    "elementwise_sparse",
+    "loss_traffic",
+    "host_s",
+    "optimizer",
+    "step_s",
+    "across_share",
+    "inside_share",
+    "collective_s",
+    "hop_inside_s",
+    "exchange_s",
+    "alltoall_inside",
+    "imbalance",
 )
 """Constants that this machine decides."""
 WIDE, NARROW = 1.5, 0.02
@@ -63,20 +80,30 @@ class Trial:
     def model(self) -> dict[str, Any]:
         """The recipe's [model]."""
         return {
-            "num_layers": self.num_layers, "width": self.width, "attention": {"num_heads": 4, "num_kv_heads": 2},
-            "moe": {"num_experts": self.num_experts, "expert_width": self.expert_width,
-                    "router": {"rule": "top2"}},
+            "num_layers": self.num_layers,
+            "width": self.width,
+            "attention": {"num_heads": 4, "num_kv_heads": 2},
+            "moe": {"num_experts": self.num_experts, "expert_width": self.expert_width, "router": {"rule": "top2"}},
         }
 
     def recipe(self, steps: int, out: Path, text: Path) -> dict[str, Any]:
         """A whole recipe, with nothing but steps in it."""
         table: dict[str, Any] = {
-            "out": str(out), "data": {"source": [str(text)], "tokenizer": "bytes"}, "model": self.model(),
+            "out": str(out),
+            "data": {"source": [str(text)], "tokenizer": "bytes"},
+            "model": self.model(),
             "train": {
-                "steps": steps, "length": self.length, "sequences": self.sequences, "micro_batches": self.micro_batches,
-                "precision": "fp32", "evaluate_every": 0, "checkpoint_every": 0, "tensorboard": False,
+                "steps": steps,
+                "length": self.length,
+                "sequences": self.sequences,
+                "micro_batches": self.micro_batches,
+                "precision": "fp32",
+                "evaluate_every": 0,
+                "checkpoint_every": 0,
+                "tensorboard": False,
             },
-            "optimizer": {"warmup_steps": 1}, "report": {"sample_tokens": 1, "prompts": ["a"]},
+            "optimizer": {"warmup_steps": 1},
+            "report": {"sample_tokens": 1, "prompts": ["a"]},
         }
         return table | ({"dist": {"ranks": self.ranks}} if self.ranks > 1 else {})
 
@@ -86,14 +113,20 @@ def measured_row(trial: Trial, step_s: float) -> Row:
     share = f"{1 / trial.ranks}x"
     known = files("moestro").joinpath("specs", "clusters", "cpu.toml")
     whole = read_cluster(Path(str(known)))
-    rates = [f"device.memory_gb_per_s={share}", f"device.peak_tflops.fp32={share}", f"device.achievable_tflops.fp32={share}"]
+    rates = [
+        f"device.memory_gb_per_s={share}",
+        f"device.peak_tflops.fp32={share}",
+        f"device.achievable_tflops.fp32={share}",
+    ]
     cluster = changed(whole, rates)
     shape = shape_of(build(ModelSpec, trial.model() | {"vocab_size": VOCAB}))
     stack = find_stack("moestro")
     case = Case(
         shape=shape,
         layout=Layout(
-            devices=trial.ranks, sequences=trial.sequences, zero=0.0,
+            devices=trial.ranks,
+            sequences=trial.sequences,
+            zero=0.0,
             micro_batch=trial.sequences / trial.ranks / trial.micro_batches,
         ),
         machine=machine_of(cluster, "fp32"),
@@ -102,7 +135,13 @@ def measured_row(trial: Trial, step_s: float) -> Row:
         length=float(trial.length),
     )
     return Row(
-        id=trial.text(), group=trial.text(), kind="moe", case=case, software="moestro", device="CPU", step_s=step_s,
+        id=trial.text(),
+        group=trial.text(),
+        kind="moe",
+        case=case,
+        software="moestro",
+        device="CPU",
+        step_s=step_s,
         memory_gib=0.0,
     )
 
@@ -119,12 +158,15 @@ def calibrated(rows: Sequence[Row], out: Path, *, check: bool = False) -> dict[s
     profile = profile_of(found, "this machine", {"moe": 0.5, "dense": 0.5}, f"{len(rows)} short runs of the trainer")
     save_profile(profile, out)
     result: dict[str, Any] = {"runs": len(rows), "fit_error": _errors(rows, found)}
-    lines = [f"fit to {len(rows)} runs: median error {result['fit_error']['median']} %, largest {result['fit_error']['max']} %"]
+    error = result["fit_error"]
+    lines = [f"fit to {len(rows)} runs: median error {error['median']} %, largest {error['max']} %"]
     if check:
         result["left_out_error"] = _left_out(rows)
         error = result["left_out_error"]
-        lines.append(f"every run predicted by a fit without it: median error {error['median']} %, 90 % below {error['p90']} %, "
-                     f"largest {error['max']} %")
+        lines.append(
+            f"every run predicted by a fit without it: median error {error['median']} %, 90 % below {error['p90']} %, "
+            f"largest {error['max']} %"
+        )
     return result | {"lines": lines}
 
 

@@ -9,7 +9,7 @@ prediction, the search over a whole layout space and the Jacobian of a fit run t
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,14 +58,16 @@ def stacked(specs: Sequence[Spec]) -> Spec:
             values[field.name] = tuple(stacked(parts) for parts in zip(*entries, strict=True))
         else:
             values[field.name] = np.array(entries, dtype=np.float64)
-    return type(first)(**values)
+    made: Any = type(first)
+    return cast(Spec, made(**values))
 
 
 def at(columns: Spec, place: Any) -> Spec:
     """The entry, slice or selection `place` of every column; plain numbers stay."""
     assert dataclasses.is_dataclass(columns)
     values = {field.name: _at(getattr(columns, field.name), place) for field in dataclasses.fields(columns)}
-    return type(columns)(**values)
+    made: Any = type(columns)
+    return cast(Spec, made(**values))
 
 
 def _at(value: Any, place: Any) -> Any:

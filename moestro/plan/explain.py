@@ -1,6 +1,6 @@
 """Where each millisecond and each gigabyte goes, in tables and charts; and why another layout is slower.
 
-    StepTime, Memory -> time_lines, memory_lines, charts            two StepTimes -> why_slower
+StepTime, Memory -> time_lines, memory_lines, charts            two StepTimes -> why_slower
 """
 
 from collections.abc import Sequence
@@ -45,14 +45,19 @@ def memory_lines(memory: Memory, room: float) -> list[str]:
     """A table of GiB on the fullest device."""
     stage = "last" if float(memory.last_stage) else "first"
     lines = [f"  {name:24s} {value:10.2f} GiB" for name, value in memory_parts(memory).items()]
-    return [*lines, f"  {'peak':24s} {float(memory.total_gib):10.2f} GiB of {room:.1f} on a device of the {stage} stage"]
+    return [
+        *lines,
+        f"  {'peak':24s} {float(memory.total_gib):10.2f} GiB of {room:.1f} on a device of the {stage} stage",
+    ]
 
 
 def why_slower(best: StepTime, other: StepTime, parts: int = 2) -> str:
     """The parts that cost another layout most, beside the best one."""
     more = {name: float(other.parts[name]) - float(best.parts[name]) for name in best.parts if name in other.parts}
     worst = sorted(more.items(), key=lambda item: -item[1])[:parts]
-    return ", ".join(f"{name} +{1e3 * value:.1f} ms" for name, value in worst if value > 0) or "the same but for rounding"
+    return (
+        ", ".join(f"{name} +{1e3 * value:.1f} ms" for name, value in worst if value > 0) or "the same but for rounding"
+    )
 
 
 def tokens_per_device_s(question: Question, step_s: float) -> float:
@@ -84,8 +89,9 @@ def chart(question: Question, step: StepTime, memory: Memory, spread: float) -> 
     peak = float(memory.total_gib)
     memory_rows = [Bar(name=name, value=value, colour="c2") for name, value in memory_parts(memory).items()]
     edge = np.exp(TENTH * MEMORY_SPREAD)
-    top = Bar(name="peak", value=peak, low=peak / edge, high=peak * edge, note=f"of {room_gib(question):.0f} GiB",
-              colour="c3")
+    top = Bar(
+        name="peak", value=peak, low=peak / edge, high=peak * edge, note=f"of {room_gib(question):.0f} GiB", colour="c3"
+    )
     title = f"{question.shape.name} on {question.devices} x {question.cluster.device.name}"
     return standalone_svg(
         bars(f"Where a step's time goes: {title}", [whole, *time_rows], x=Axis(unit="ms"), row_height=26),
@@ -102,7 +108,8 @@ def table_lines(question: Question, found: Found) -> list[str]:
         low, high = seconds * np.exp(-TENTH * found.spread), seconds * np.exp(TENTH * found.spread)
         lines.append(
             f"{number:3d} {seconds:8.3f}  ({low:.3f} - {high:.3f}) {tokens_per_device_s(question, seconds):12.0f}"
-            f" {100 * model_flops_share(question, seconds, peak):9.1f} % {float(memory.total_gib):6.1f}  {text_of(layout)}"
+            f" {100 * model_flops_share(question, seconds, peak):9.1f} % {float(memory.total_gib):6.1f}"
+            f"  {text_of(layout)}"
         )
     lines += _reasons(found)
     if found.too_large:

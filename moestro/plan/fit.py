@@ -98,7 +98,10 @@ def fit(rows: Sequence[Row], start: Fit | None = None, known: Known | None = Non
         if np.abs(step).max() < CONVERGED:
             break
     return Fit(
-        log_P=theta[:num], effect_E=theta[num:], covariance=np.linalg.inv(precision), names_E=names
+        log_P=theta[:num],
+        effect_E=theta[num:],
+        covariance=np.asarray(np.linalg.inv(precision), dtype=np.float64),
+        names_E=names,
     )
 
 
@@ -106,7 +109,7 @@ def jacobian(case: Case, log_P: Array) -> tuple[Array, Array]:
     """(log seconds of every row, its slopes [rows, constants]) by differences, in one evaluation."""
     settings = np.repeat(log_P[:, None, None], len(log_P) + 1, axis=1)
     settings[np.arange(len(log_P)), 1 + np.arange(len(log_P)), 0] += DIFFERENCE
-    seconds = np.log(step_time(case, from_logs(settings)).total_s)
+    seconds = np.asarray(np.log(step_time(case, from_logs(settings)).total_s))
     return seconds[0], ((seconds[1:] - seconds[0]) / DIFFERENCE).T
 
 
@@ -135,9 +138,7 @@ def profile_of(found: Fit, name: str, widen: dict[str, float] | None = None, sou
     effects = {name: float(value) for name, value in zip(found.names_E, found.effect_E, strict=True)}
     fitted = datetime.date.today().isoformat()
     constants = Constants(**{name: float(value) for name, value in zip(NAMES, np.exp(found.log_P), strict=True)})
-    return Profile(
-        name=name, constants=constants, effects=effects, widen=widen or {}, source=source, fitted=fitted
-    )
+    return Profile(name=name, constants=constants, effects=effects, widen=widen or {}, source=source, fitted=fitted)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,13 +165,13 @@ def left_out(rows: Sequence[Row], whole: Fit) -> LeftOut:
 
 
 def widening(rows: Sequence[Row], found: LeftOut, share: float = 0.8) -> dict[str, float]:
-    """By kind: the factor on spreads with which p10-p90 covers `share` of left-out rows, every group weighing the same."""
+    """By kind: the factor on spreads with which p10-p90 covers `share` of left-out rows, groups weighing the same."""
     widen = {}
     for kind in GROUP_SPREAD:
         of = [row for row in rows if row.kind == kind]
         sizes = {row.group: sum(other.group == row.group for other in of) for row in of}
         z = np.array([abs(np.log(found.step_s[row.id] / row.step_s)) / found.spread[row.id] for row in of])
-        order = np.argsort(z)
+        order = np.argsort(z, kind="stable")
         weight = np.cumsum(np.array([1 / sizes[row.group] for row in of])[order]) / len(sizes)
-        widen[kind] = float(z[order][min(np.searchsorted(weight, share), len(of) - 1)] / TENTH)
+        widen[kind] = float(z[order][min(int(np.searchsorted(weight, share)), len(of) - 1)] / TENTH)
     return widen

@@ -7,8 +7,8 @@ delta seconds, failures with mean time M between them, R seconds until work goes
 
     wall per piece = M e^(R / M) (e^((tau + delta) / M) - 1)          goodput = tau / wall
 
-Young's sqrt(2 delta M) is where the search for the best tau starts. `simulate` draws failures and follows a run piece by
-piece, many runs at once; its mean agrees with the formula, its spread says what one run may get.
+Young's sqrt(2 delta M) is where the search for the best tau starts. `simulate` draws failures, many runs at once; its
+mean agrees with the formula, its spread says what one run may get.
 """
 
 from dataclasses import dataclass
@@ -97,8 +97,16 @@ class RunCost:
     price_usd: float
 
 
-def run_cost(*, tokens: float, tokens_per_step: float, step_s: float, share: float, devices: int, power_w: float,
-             usd_per_hour: float) -> RunCost:
+def run_cost(
+    *,
+    tokens: float,
+    tokens_per_step: float,
+    step_s: float,
+    share: float,
+    devices: int,
+    power_w: float,
+    usd_per_hour: float,
+) -> RunCost:
     """Hours, energy and price of a token budget at a goodput."""
     steps = tokens / tokens_per_step
     hours = steps * step_s / share / HOUR_S
@@ -124,8 +132,9 @@ class Simulated:
         return float(np.quantile(self.wall_hours_R, share))
 
 
-def simulate(work_s: float, devices: int, reliability: Reliability, *, runs: int = 1000, seed: int = 0,
-             step_spread: float = 0.0) -> Simulated:
+def simulate(
+    work_s: float, devices: int, reliability: Reliability, *, runs: int = 1000, seed: int = 0, step_spread: float = 0.0
+) -> Simulated:
     """Follow `runs` runs of `work_s` useful seconds, checkpoint by checkpoint.
 
     step_spread  standard deviation of the logarithm of step time between runs (what the prediction does not know)

@@ -263,7 +263,7 @@ def _dense(case: Case, constants: Constants, at: Rates, attention: _Attention) -
 
 
 def _sparse(case: Case, constants: Constants, at: Rates, attention: _Attention) -> LayerTime:
-    shape, layout = case.shape, case.layout
+    layout = case.layout
     work, shared = expert_products(case), shared_products(case)
     slowdown = _imbalance(case, constants) / constants.grouped_share * _tile_waste(case)
     rows_s = _passes_s(case, constants, at, _sparse_elements(case)) * constants.elementwise_sparse
@@ -321,7 +321,9 @@ def _sparse_elements(case: Case) -> Number:
     shape, layout = case.shape, case.layout
     routed = case.routed_rows
     stream = 8 * case.tokens * shape.width / case.stream_cut
-    activated = (2 + shape.gates) * (routed * shape.expert_width / layout.etp + case.tokens * shape.shared_width / layout.tp)
+    activated = (2 + shape.gates) * (
+        routed * shape.expert_width / layout.etp + case.tokens * shape.shared_width / layout.tp
+    )
     return stream + 6 * routed * shape.width + activated + 8 * case.tokens * shape.experts / layout.tp
 
 

@@ -1,6 +1,6 @@
 """A cluster in the numbers that formulas need, for one number format of the matrix products; may be columns.
 
-    Cluster (or a published row's hardware) + precision -> Machine
+Cluster (or a published row's hardware) + precision -> Machine
 """
 
 from dataclasses import dataclass

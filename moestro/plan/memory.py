@@ -20,23 +20,34 @@ from moestro.plan.schedule import DUALPIPE, in_flight
 GIB = 2.0**30
 ADAM_BYTES = 12.0
 """fp32 master weight and two moments."""
-PARTS = ("weights", "gradients", "optimiser", "expert weights", "expert gradients", "expert optimiser", "activations",
-         "transient", "logits", "gathered weights", "allocator")
+PARTS = (
+    "weights",
+    "gradients",
+    "optimiser",
+    "expert weights",
+    "expert gradients",
+    "expert optimiser",
+    "activations",
+    "transient",
+    "logits",
+    "gathered weights",
+    "allocator",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConstants:
     """What counting does not tell; fitted on published peaks."""
 
-    kept: Number = 1.0
+    kept: float = 1.0
     """Activations, beside those counted."""
-    transient: Number = 0.6
+    transient: float = 0.6
     """Of one layer's activations, alive as gradients in the backward pass."""
-    reserved: Number = 0.035
+    reserved: float = 0.035
     """Share by which a caching allocator's pool exceeds the tensors in it, where weights are gathered."""
-    fixed_gib: Number = 0.4
+    fixed_gib: float = 0.4
     """Workspaces of kernels and collectives."""
-    runtime_gib: Number = 2.5
+    runtime_gib: float = 2.5
     """Driver, contexts, collectives: outside the allocator; counts for fitting only."""
 
 
@@ -63,7 +74,7 @@ def memory(case: Case, constants: MemoryConstants | None = None) -> Memory:
     first, last = _stage(case, constants, last=False), _stage(case, constants, last=True)
     sums = [sum(parts.values()) for parts in (first, last)]
     worse = np.asarray(sums[1]) > np.asarray(sums[0])
-    parts = {name: np.where(worse, last[name], first[name]) for name in first}
+    parts: dict[str, Number] = {name: np.where(worse, last[name], first[name]) for name in first}
     return Memory(parts=parts, total_bytes=np.where(worse, sums[1], sums[0]), last_stage=np.where(worse, 1.0, 0.0))
 
 
@@ -108,7 +119,9 @@ def _layer_share(case: Case, *, last: bool) -> Number:
     even = np.abs(total / chunks - np.round(total / chunks)) < 1e-9
     most = np.minimum(ceiling, total)
     left = np.where(even, total / layout.pp, np.maximum(total - most * (layout.pp - 1), total / layout.pp * 0.5))
-    return np.where(np.asarray(layout.pp) <= 1, 1.0, (left if last else np.minimum(most, total / layout.pp + 1)) / total)
+    return np.where(
+        np.asarray(layout.pp) <= 1, 1.0, (left if last else np.minimum(most, total / layout.pp + 1)) / total
+    )
 
 
 def _layers_here(case: Case, share: Number, *, last: bool) -> tuple[Number, Number]:
@@ -130,7 +143,8 @@ def _states(case: Case, params: Number, shards: Number, prefix: str) -> dict[str
     fully = zero >= 3
     return {
         f"{prefix}weights": params * np.where(fully, 0.0, stored),
-        f"{prefix}gradients": params * np.where(fully, gradient / shards, np.where(zero >= 2, gradient / shards, gradient)),
+        f"{prefix}gradients": params
+        * np.where(fully, gradient / shards, np.where(zero >= 2, gradient / shards, gradient)),
         f"{prefix}optimiser": params * master / np.where(zero >= 1, shards, 1.0),
     }
 

@@ -1,8 +1,8 @@
 """Seconds that ranks spend exchanging, on a network of any number of levels.
 
-A group of `ranks` ranks, `stride` devices apart, has n_l of them in one unit of level l; f_l = n_l / n_(l-1) groups meet
-at that level. A ring collective moves S bytes through every level at once (NCCL pipelines its rings), so the slowest
-level counts:   t_l = (f_l - 1) / f_l x S / n_(l-1) / B_l   (FORMULAS 4.5, hierarchical form, n_(l-1) links side by side).
+A group of `ranks` ranks, `stride` devices apart, has n_l of them in one unit of level l; f_l = n_l / n_(l-1) groups
+meet at that level. A ring collective moves S bytes through every level at once (NCCL pipelines its rings), so the
+slowest level counts:   t_l = (f_l - 1) / f_l x S / n_(l-1) / B_l   (hierarchical form, n_(l-1) links side by side).
 Latency is one hop per rank of the ring, or 2 log2 n of a tree. Checked against cases done by hand in the tests.
 """
 
@@ -64,12 +64,13 @@ def exchange_s(
 
     payload_bytes  of all routed rows of one rank: tokens x experts per token x row
     choices        experts per token. With de-duplication a row crosses to each distinct unit once, n (1 - (1 - 1/n)^k)
-                   of n units, and is spread inside it, to each distinct rank once (FORMULAS 4.5); without, every copy goes straight to its rank
+                   of n units, and is spread inside it, to each distinct rank once (FORMULAS 4.5); without, every copy
+                   goes straight to its rank
     """
     slowest: Number = 0.0
     smart = np.asarray(deduplicating) > 0
     choices = np.maximum(choices, 1.0)
-    for place, (level, inside, fan) in enumerate(_fans(machine, ranks, 1.0)):
+    for place, (level, _, fan) in enumerate(_fans(machine, ranks, 1.0)):
         if place:
             rate = np.where(smart, constants.dispatch_across, constants.alltoall_across)
             copies = np.where(smart, np.minimum(fan * (1 - (1 - 1 / fan) ** choices) / choices, 1.0), 1.0)

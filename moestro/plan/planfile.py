@@ -53,8 +53,18 @@ def stage_sizes(question: Question, found: Found) -> list[int]:
     return cut([inner / layers] * layers, int(layout.pp), head)
 
 
-LAYER_PARTS = ("attention products", "attention scores", "feed-forward", "experts", "between products", "tensor exchange",
-               "context exchange", "token exchange", "recomputation", "waiting for the host")
+LAYER_PARTS = (
+    "attention products",
+    "attention scores",
+    "feed-forward",
+    "experts",
+    "between products",
+    "tensor exchange",
+    "context exchange",
+    "token exchange",
+    "recomputation",
+    "waiting for the host",
+)
 
 
 def plan_text(question: Question, found: Found, source: Table) -> str:

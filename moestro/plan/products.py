@@ -57,7 +57,7 @@ def products(rows: Number, shapes: Sequence[tuple[Number, Number]], copies: Numb
         padded = padded + np.where(there, _padded(inner) * _padded(outer), 0.0)
         inner_sum = inner_sum + np.where(there, inner, 0.0)
         outer_sum = outer_sum + np.where(there, outer, 0.0)
-        kernels = kernels + there
+        kernels = kernels + np.where(there, 1.0, 0.0)
     return Products(
         flops=2 * rows * padded,
         elements=rows * (inner_sum + outer_sum) + copies * weights,
@@ -70,7 +70,7 @@ def products(rows: Number, shapes: Sequence[tuple[Number, Number]], copies: Numb
 
 def _padded(side: Number) -> Number:
     """A side of a matrix as tiles see it."""
-    return np.ceil(np.asarray(side) / TILE) * TILE
+    return np.asarray(np.ceil(np.asarray(side, dtype=np.float64) / TILE) * TILE, dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ from moestro.plan.published import Row, together
 from moestro.plan.step import step_time
 
 EFFECT_SPREADS = {"software": 0.08, "device": 0.02, "pair": 0.02, "kind": 0.06}
-"""Standard deviations of effects: of a software, of a device, of a software on a device, of a software's sparse models."""
+"""Standard deviations of effects: of a software, a device, a software on a device, a software's kind of model."""
 GROUP_SPREAD = {"dense": 0.05, "moe": 0.12}
 """Of what a report's habits do to all its rows."""
 NOISE_SPREAD = {"dense": 0.03, "moe": 0.06}

@@ -217,7 +217,10 @@ def _stack_of(entry: Entry) -> Stack:
     changes: dict[str, Any] = {}
     if "sequence-parallel" in str(entry.get("recompute")):
         changes["sequence_parallel"] = True
-    for field, keys in (("overlap_gradients", ("overlap_grad_reduce",)), ("overlap_tensor", ("tp_comm_overlap", "async_tp"))):
+    for field, keys in (
+        ("overlap_gradients", ("overlap_grad_reduce",)),
+        ("overlap_tensor", ("tp_comm_overlap", "async_tp")),
+    ):
         for key in keys:
             if key in said:
                 changes[field] = bool(said[key])

@@ -1,8 +1,8 @@
 """Pipeline schedules: who idles, who holds how many micro-batches, and how layers are cut into stages.
 
     bubble_s(...)      seconds a rank idles in one step (FORMULAS 4.4)
-    in_flight(...)     micro-batches whose activations a stage holds at its fullest, in units of its whole share of layers
-    stage_layers(...)  layers of the first, an inner or the last stage
+    in_flight(...)     micro-batches whose activations a stage holds at its fullest, in units of all its layers
+    slowest_stage(...) seconds of the fullest stage
     cut(...)           the exact best cut of given layer costs into stages, for plan.toml
 
 F and B are a stage's seconds per micro-batch, forward and backward; W is the part of B that makes weight gradients and

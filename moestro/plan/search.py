@@ -19,7 +19,7 @@ from moestro.plan.columns import Array, at
 from moestro.plan.layout import SCHEDULES, Layout, text_of
 from moestro.plan.loads import imbalance_of_ranks
 from moestro.plan.machine import machine_of, precision_of
-from moestro.plan.memory import GIB, Memory, memory
+from moestro.plan.memory import Memory, memory
 from moestro.plan.profile import Profile, effect_and_spread
 from moestro.plan.schedule import DUALPIPE, INTERLEAVED, ONE_F_ONE_B, ZERO_BUBBLE_V
 from moestro.plan.shape import ModelShape
@@ -86,7 +86,9 @@ class Found:
 def case_of(question: Question, layout: Layout) -> Case:
     """The case of one layout, or of a column of them."""
     effect, _ = effect_and_spread(
-        question.profile, question.stack.effects or question.stack.name, question.cluster.device.family_name,
+        question.profile,
+        question.stack.effects or question.stack.name,
+        question.cluster.device.family_name,
         question.kind,
     )
     imbalance: Array | float = question.imbalance
@@ -108,8 +110,8 @@ def search(question: Question, keep: int = 5) -> Found:
     """The `keep` fastest layouts that fit; raises PlanError with the nearest way out where none does."""
     begin = time.perf_counter()
     columns = candidates(question)
-    number = len(columns.tp)
-    room = question.cluster.device.memory_gib - question.profile.memory.runtime_gib
+    number = _number(columns)
+    room = room_gib(question)
     seconds, peaks = np.full(number, np.inf), np.empty(number)
     for start in range(0, number, CHUNK):
         part = at(columns, slice(start, start + CHUNK))
@@ -179,18 +181,33 @@ def candidates(question: Question) -> Layout:
     rows_O = np.tile(np.arange(len(option_OK)), len(cut_CK))
     tp, pp, cp, ep, etp = cut_CK.T
     micro, chunks, schedule, zero, again = option_OK.T
-    possible = _possible(question, [column[rows_C] for column in (tp, pp, cp)],
-                         [column[rows_O] for column in (micro, chunks, schedule, zero)])
+    possible = _possible(
+        question,
+        [column[rows_C] for column in (tp, pp, cp)],
+        [column[rows_O] for column in (micro, chunks, schedule, zero)],
+    )
     possible &= _as_set(question, again[rows_O], micro[rows_O], chunks[rows_O], schedule[rows_O], zero[rows_O])
     c, o = rows_C[possible], rows_O[possible]
     if not len(c):
         raise PlanError(_why_impossible(question))
-    recompute = {name: np.array([choice.get(name, 0.0) for choice in RECOMPUTE])[again[o].astype(int)]
-                 for name in ("full", "again_activation", "again_up", "again_dense", "again_experts")}
+    recompute = {
+        name: np.array([choice.get(name, 0.0) for choice in RECOMPUTE])[again[o].astype(int)]
+        for name in ("full", "again_activation", "again_up", "again_dense", "again_experts")
+    }
     return Layout(
-        devices=float(question.devices), sequences=float(question.sequences),
-        tp=tp[c], pp=pp[c], cp=cp[c], ep=ep[c], etp=etp[c],
-        micro_batch=micro[o], virtual=chunks[o], schedule=schedule[o], zero=zero[o], by_cost=1.0, **recompute,
+        devices=float(question.devices),
+        sequences=float(question.sequences),
+        tp=tp[c],
+        pp=pp[c],
+        cp=cp[c],
+        ep=ep[c],
+        etp=etp[c],
+        micro_batch=micro[o],
+        virtual=chunks[o],
+        schedule=schedule[o],
+        zero=zero[o],
+        by_cost=1.0,
+        **recompute,
     )
 
 
@@ -206,7 +223,11 @@ def _cuts(question: Question) -> list[tuple[int, int, int, int, int]]:
         for pp in divisors(devices // tp, int(shape.num_layers)):
             for cp in divisors(devices // (tp * pp), 64):
                 data = devices // (tp * pp * cp)
-                if question.sequences % data or question.length % (2 * cp * tp) or (cp > 1 and question.length / cp < 512):
+                if (
+                    question.sequences % data
+                    or question.length % (2 * cp * tp)
+                    or (cp > 1 and question.length / cp < 512)
+                ):
                     continue
                 for ep in divisors(experts, devices // pp) if experts else [1]:
                     for etp in {1, tp} if experts else {1}:
@@ -255,7 +276,7 @@ def _why_impossible(question: Question) -> str:
         )
     wanted = " ".join(f"{name}={value:g}" for name, value in question.fixed.items())
     columns = candidates(free)
-    distance = np.zeros(len(columns.tp))
+    distance = np.zeros(_number(columns))
     for name, value in question.fixed.items():
         column = np.broadcast_to(getattr(columns, name, 0.0), len(distance))
         distance = distance + np.abs(np.log((column + 1e-3) / (value + 1e-3)))
@@ -284,8 +305,8 @@ def _why_none_fits(question: Question, columns: Layout, peaks: Array, room: floa
     place = int(np.argmin(peaks))
     leanest, device = _plain(at(columns, place)), question.cluster.device
     message = (
-        f"{question.shape.name} does not fit {question.devices} x {device.name}: the leanest layout, {text_of(leanest)}, "
-        f"needs {peaks[place]:.1f} GiB of {room:.1f} GiB a device"
+        f"{question.shape.name} does not fit {question.devices} x {device.name}: the leanest layout, "
+        f"{text_of(leanest)}, needs {peaks[place]:.1f} GiB of {room:.1f} GiB a device"
     )
     for times in (2, 4, 8, 16, 32, 64):
         devices = question.devices * times
@@ -296,7 +317,7 @@ def _why_none_fits(question: Question, columns: Layout, peaks: Array, room: floa
             larger = candidates(more)
         except PlanError:
             continue
-        peak = memory(case_of(more, larger), question.profile.memory).total_gib
+        peak = np.asarray(memory(case_of(more, larger), question.profile.memory).total_gib)
         if peak.min() <= room:
             nearest = _plain(at(larger, int(np.argmin(peak))))
             return f"{message}; it fits {devices} devices with {text_of(nearest)}"
@@ -311,7 +332,7 @@ def _fastest_too_large(
     if not len(near):
         return None
     near = near[: 2 * CHUNK]
-    seconds = step_time(case_of(question, at(columns, near)), question.profile.constants).total_s
+    seconds = np.asarray(step_time(case_of(question, at(columns, near)), question.profile.constants).total_s)
     place = int(np.argmin(seconds))
     if seconds[place] >= best_s:
         return None
@@ -320,4 +341,8 @@ def _fastest_too_large(
 
 def room_gib(question: Question) -> float:
     """Memory of a device that training may use."""
-    return question.cluster.device.memory_bytes / GIB - question.profile.memory.runtime_gib
+    return question.cluster.device.memory_gib - question.profile.memory.runtime_gib
+
+
+def _number(columns: Layout) -> int:
+    return int(np.size(columns.tp))

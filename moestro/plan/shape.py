@@ -178,7 +178,7 @@ def read_model(path: Path, overrides: tuple[str, ...] = ()) -> ModelShape:
     table = with_overrides(read_toml(path), overrides)
     if "model" not in table:
         raise PlanError(f"{path} has no [model] table; give a file of specs/models, a recipe or a config.json")
-    known = {name: table[name] for name in ("model", "planning") if name in table}
+    known = {name: value for name, value in table.items() if name in ("model", "planning")}
     found = build(ModelFile, known, where=str(path))
     return shape_of(found.model, found.planning, name=found.planning.name or path.stem)
 

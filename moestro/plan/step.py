@@ -23,7 +23,7 @@ OPTIMIZER_BYTES = 26.0
 MEGATRON_BUCKET = 40e6
 """Parameters of a gradient bucket at least, 1e6 times the data-parallel ranks else (Megatron-Core's default)."""
 WEIGHT_ROOM = 0.5
-"""Of the time that hides gradients: weights are gathered under the first forward pass, half as long as a backward pass."""
+"""Of the time that hides gradients: weights are gathered under a forward pass, half as long as a backward pass."""
 PASS_PARTS = (
     ("attention products", "attention_products_s"),
     ("attention scores", "attention_core_s"),
@@ -77,9 +77,17 @@ def step_time(case: Case, constants: Constants) -> StepTime:
     parts["gradient reduction"] = exposed_s
     parts["optimiser"] = _optimizer_s(case, constants)
     parts["fixed"] = constants.step_s + 0.0 * stage_s
-    return _with_effects(case, constants, StepTime(
-        total_s=sum(parts.values()), parts=parts, stage_s=stage_s, forward_share=forward_share, weight_share=weight_share
-    ))
+    return _with_effects(
+        case,
+        constants,
+        StepTime(
+            total_s=sum(parts.values()),
+            parts=parts,
+            stage_s=stage_s,
+            forward_share=forward_share,
+            weight_share=weight_share,
+        ),
+    )
 
 
 def _with_effects(case: Case, constants: Constants, step: StepTime) -> StepTime:
@@ -109,7 +117,9 @@ def _stage_parts(case: Case, per_kind: Layers) -> dict[str, Number]:
     count = case.shape.num_layers / case.layout.pp
     parts: dict[str, Number] = {}
     for name, field in PASS_PARTS:
-        both = [getattr(kind.forward, field) + getattr(kind.backward, field) for kind in (per_kind.dense, per_kind.sparse)]
+        both = [
+            getattr(kind.forward, field) + getattr(kind.backward, field) for kind in (per_kind.dense, per_kind.sparse)
+        ]
         parts[name] = count * _mean(case, both[0], both[1])
     parts["recomputation"] = count * _mean(case, per_kind.dense.again_s, per_kind.sparse.again_s)
     waiting = [kind.total_s - kind.device_s for kind in (per_kind.dense, per_kind.sparse)]
@@ -197,12 +207,15 @@ def _reduction_s(case: Case, constants: Constants, stage_s: Number) -> tuple[Num
         sharded = (np.asarray(layout.zero) >= 1) & (np.asarray(shards) >= ranks)
         there = (np.asarray(params) > 0) & (np.asarray(layout.zero) < 3)
         sent = collective_s(
-            params * traits.gradient_bytes * np.where(sharded, 1.0, 2.0), ranks, stride, case.machine, constants,
-            count=count * np.where(sharded, 1.0, 2.0), tree=np.where(sharded, 0.0, 1.0),
+            params * traits.gradient_bytes * np.where(sharded, 1.0, 2.0),
+            ranks,
+            stride,
+            case.machine,
+            constants,
+            count=count * np.where(sharded, 1.0, 2.0),
+            tree=np.where(sharded, 0.0, 1.0),
         )
-        got = collective_s(
-            params * case.precision.gathered_bytes, shards, stride, case.machine, constants, count=count
-        )
+        got = collective_s(params * case.precision.gathered_bytes, shards, stride, case.machine, constants, count=count)
         gradients_s = gradients_s + np.where(there, sent, 0.0)
         weights_s = weights_s + np.where(there & (np.asarray(layout.zero) >= 1), got, 0.0)
     grad_room = constants.reduce_hidden * stage_s * traits.overlap_gradients

@@ -97,19 +97,21 @@ class Played:
     """Gradient reduction, optimiser and the rest after the pipeline."""
 
 
-def play(layout: Layout, step: StepTime, num_layers: float, *, jitter: float = 0.0, seed: int = 0) -> Played:
+def play(layout: Layout, step: StepTime, *, jitter: float = 0.0, seed: int = 0) -> Played:
     """Play one step of one layout.
 
     jitter  standard deviation of the logarithm of a device's speed
     raises  PlanError where a pipeline has more tasks than can be played
     """
-    ranks, batches = int(layout.pp), int(round(float(layout.micro_batches)))
+    ranks, batches = int(layout.pp), round(float(layout.micro_batches))
     schedule = int(layout.schedule) if ranks > 1 else ONE_F_ONE_B
     chunks = 2 if schedule == ZERO_BUBBLE_V else int(layout.virtual)
     shape = Shape(schedule=schedule, ranks=ranks, chunks=chunks, micro_batches=batches)
     if shape.places * batches * 3 > MOST_TASKS:
-        raise PlanError(f"a pipeline of {shape.places} places and {batches} micro-batches is too long to play; take fewer "
-                        "sequences, the schedule repeats itself")
+        raise PlanError(
+            f"a pipeline of {shape.places} places and {batches} micro-batches is too long to play; take fewer "
+            "sequences, the schedule repeats itself"
+        )
     spans = _spans(shape, step)
     tasks = interleaved_order(shape) if schedule == INTERLEAVED else greedy_order(shape, spans)
     slow_SD = _slowness(layout, jitter, seed)
@@ -118,8 +120,14 @@ def play(layout: Layout, step: StepTime, num_layers: float, *, jitter: float = 0
     tail_s = _tail_s(step)
     busy = float((end_ND - start_ND).sum(axis=0).mean() / (ranks * end_ND.max(axis=0).mean()))
     return Played(
-        step_s=pipeline_s + tail_s, busy_share=busy, num_events=len(tasks) * int(layout.devices) // ranks,
-        tasks=tuple(tasks), rank_N=rank_N, start_ND=start_ND, end_ND=end_ND, tail_s=tail_s,
+        step_s=pipeline_s + tail_s,
+        busy_share=busy,
+        num_events=len(tasks) * int(layout.devices) // ranks,
+        tasks=tuple(tasks),
+        rank_N=rank_N,
+        start_ND=start_ND,
+        end_ND=end_ND,
+        tail_s=tail_s,
     )
 
 
@@ -140,7 +148,7 @@ def _tail_s(step: StepTime) -> float:
 
 def _slowness(layout: Layout, jitter: float, seed: int) -> Array:
     """Of every rank of every pipeline: that of the slowest of its devices, 1 on average over devices."""
-    ranks, data = int(layout.pp), int(round(float(layout.dp)))
+    ranks, data = int(layout.pp), round(float(layout.dp))
     together = int(layout.tp) * int(layout.cp)
     if not jitter:
         return np.ones((ranks, data))
@@ -221,7 +229,8 @@ def _followers(shape: Shape, task: Task) -> Iterator[Task]:
 def interleaved_order(shape: Shape) -> list[Task]:
     """Megatron's interleaved 1F1B, ranks merged into one order that respects what tasks wait for."""
     per_rank = [list(_interleaved_of(shape, rank)) for rank in range(shape.ranks)]
-    nexts, done, order = [0] * shape.ranks, set(), []
+    nexts, done = [0] * shape.ranks, set()
+    order: list[Task] = []
     total = sum(len(tasks) for tasks in per_rank)
     while len(order) < total:
         before = len(order)
@@ -285,7 +294,9 @@ def write_trace(path: Path, played: Played) -> int:
     for pipeline in drawn:
         note = " (slowest)" if pipeline == slowest and data > 1 else ""
         lines.append(_named("process_name", pipeline, 0, f"pipeline {pipeline}{note}"))
-        lines += [_named("thread_name", pipeline, rank, f"stage {rank}") for rank in range(int(played.rank_N.max()) + 1)]
+        lines += [
+            _named("thread_name", pipeline, rank, f"stage {rank}") for rank in range(int(played.rank_N.max()) + 1)
+        ]
         starts = (played.start_ND[:, pipeline] * 1e6).round(1).tolist()
         lasts = ((played.end_ND - played.start_ND)[:, pipeline] * 1e6).round(1).tolist()
         lines += [
@@ -293,8 +304,10 @@ def write_trace(path: Path, played: Played) -> int:
             for name, rank, start, last in zip(names, played.rank_N.tolist(), starts, lasts, strict=True)
         ]
         end = played.end_ND[:, pipeline].max() * 1e6
-        lines.append(f'{{"name":"reduce and update","ph":"X","pid":{pipeline},"tid":0,"ts":{end:.1f},'
-                     f'"dur":{played.tail_s * 1e6:.1f}}}')
+        lines.append(
+            f'{{"name":"reduce and update","ph":"X","pid":{pipeline},"tid":0,"ts":{end:.1f},'
+            f'"dur":{played.tail_s * 1e6:.1f}}}'
+        )
     write_text(path, '{"displayTimeUnit":"ms","traceEvents":[' + ",\n".join(lines) + "]}\n")
     return len(lines)
 

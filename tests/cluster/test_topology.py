@@ -84,7 +84,7 @@ def test_a_wrong_file_says_what_and_how(tmp_path: Path, before: str, after: str,
         read_cluster(write(tmp_path, TWO_LEVELS.replace(before, after)))
 
 
-@pytest.mark.parametrize("name", "a100 h100 h200 h800 b200 b300 gb200 gb300 mi300x cpu".split())
+@pytest.mark.parametrize("name", ["a100", "h100", "h200", "h800", "b200", "b300", "gb200", "gb300", "mi300x", "cpu"])
 def test_ready_made_clusters_can_be_read(name: str) -> None:
     cluster = read_cluster(Path(str(files("moestro").joinpath("specs", "clusters", f"{name}.toml"))))
     assert cluster.source
@@ -93,8 +93,14 @@ def test_ready_made_clusters_can_be_read(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("H100-SXM5-80GB", "H100"), ("GB200-NVL72", "GB200"), ("DGX-B200", "B200"), ("NVIDIA H200", "H200"),
-     ("A100-SXM4-40GB", "A100-40GB"), ("H100-SXM (96GB HBM2e, 500W)", "H100-HBM2e-500W")],
+    [
+        ("H100-SXM5-80GB", "H100"),
+        ("GB200-NVL72", "GB200"),
+        ("DGX-B200", "B200"),
+        ("NVIDIA H200", "H200"),
+        ("A100-SXM4-40GB", "A100-40GB"),
+        ("H100-SXM (96GB HBM2e, 500W)", "H100-HBM2e-500W"),
+    ],
 )
 def test_names_mean_families(name: str, family: str) -> None:
     found = find_device(name)
