@@ -34,15 +34,12 @@ def trials(ranks: int) -> list[Trial]:
         {"num_layers": 6},
         {"length": 128},
         {"length": 512},
-        {"sequences": 8},
-        {"sequences": 32},
-        {"num_experts": 4},
+        {"sequences": 16},
         {"num_experts": 16},
-        {"expert_width": 256},
         {"expert_width": 768},
-        {"micro_batches": 4},
-        {"width": 384, "num_layers": 2, "sequences": 8},
-        {"width": 128, "num_experts": 16, "sequences": 32},
+        {"micro_batches": 2},
+        {"width": 384, "num_layers": 2, "sequences": 4},
+        {"width": 128, "num_experts": 16, "sequences": 16},
     ]
     return [base.changed(**change) for change in changes]
 

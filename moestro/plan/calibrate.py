@@ -66,7 +66,7 @@ class Trial:
     num_experts: int = 8
     expert_width: int = 384
     length: int = 256
-    sequences: int = 16
+    sequences: int = 8
     micro_batches: int = 1
 
     def changed(self, **sizes: int) -> "Trial":

@@ -150,7 +150,7 @@ def _states(case: Case, params: Number, shards: Number, prefix: str) -> dict[str
 
 
 def _gathered(case: Case) -> Number:
-    """ZeRO-3: two layers' whole weights, and the largest of embedding and head."""
+    """ZeRO-3: two layers' whole weights (fewer where a layer is gathered in parts), and the embedding or head."""
     shape, layout = case.shape, case.layout
     ff = np.maximum(
         np.where(np.asarray(shape.num_dense) > 0, shape.dense_ff_params, 0.0),
@@ -158,7 +158,8 @@ def _gathered(case: Case) -> Number:
     )
     layer = (shape.attention_params + ff) / layout.tp
     fully = np.asarray(layout.zero) >= 3
-    return np.where(fully, case.precision.gathered_bytes * (2 * layer + shape.embedding_params / layout.tp), 0.0)
+    alive = 2 / np.asarray(case.traits.collectives_per_layer)
+    return np.where(fully, case.precision.gathered_bytes * (alive * layer + shape.embedding_params / layout.tp), 0.0)
 
 
 def _activations(case: Case, constants: MemoryConstants, share: Number, *, last: bool) -> dict[str, Number]:

@@ -122,13 +122,19 @@ def _anchored(rows: Sequence[Row], log_s: Array, spread: Array, anchors: Mapping
 
 
 def _least_recompute(rows: Sequence[Row], case: Case, profile: Profile) -> Array:
-    """Peak memory; where recomputation is not said and the layout would not fit without, with full recomputation."""
+    """Peak memory; where recomputation is not said and the layout would not fit without, with full recomputation.
+
+    A source that leaves that out may leave out sharded weights too: they are assumed where nothing else would fit.
+    """
+    ones = np.ones(len(rows))
     plain = np.broadcast_to(memory(case, profile.memory).total_gib, len(rows))
-    full = replace(case, layout=replace(case.layout, full=np.ones(len(rows))))
+    full = replace(case, layout=replace(case.layout, full=ones))
     again = np.broadcast_to(memory(full, profile.memory).total_gib, len(rows))
+    sharded = replace(full, layout=replace(full.layout, zero=3 * ones))
+    least = np.broadcast_to(memory(sharded, profile.memory).total_gib, len(rows))
     room = np.array([float(row.case.machine.memory_bytes) / GIB for row in rows]) - profile.memory.runtime_gib
     unsaid = np.array([not row.recompute_known for row in rows])
-    return np.where(unsaid & (plain > room), again, plain)
+    return np.where(unsaid & (plain > room), np.where(again > room, np.minimum(again, least), again), plain)
 
 
 def load_profile(path: Path | None = None) -> Profile:
