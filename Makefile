@@ -1,13 +1,14 @@
 # make demo    set up, then train the demo model and write its report (minutes on two cores)
 # make test    set up, then run the tests            make check   format, lint and types
 # make bench   speed and memory tables               make bench-routing   compare routing rules (hours)
+# make bench-plan   the planner against published training runs (minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-all check bench bench-routing env clean
+.PHONY: demo test test-all check bench bench-plan bench-routing env clean
 
 demo: env
 	$(BIN)/moestro train recipes/demo.toml out=$(OUT)
@@ -26,6 +27,9 @@ check: env
 bench: env
 	$(BIN)/python benchmarks/moe_layer.py
 	$(BIN)/python benchmarks/step_share.py
+
+bench-plan: env
+	$(BIN)/python benchmarks/plan.py
 
 bench-routing: env
 	$(BIN)/python benchmarks/routing.py

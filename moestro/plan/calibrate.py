@@ -140,7 +140,6 @@ def measured_row(trial: Trial, step_s: float) -> Row:
         kind="moe",
         case=case,
         software="moestro",
-        device="CPU",
         step_s=step_s,
         memory_gib=0.0,
     )

@@ -65,7 +65,7 @@ class Known:
 
 
 def _names(row: Row) -> list[str]:
-    return effect_names(row.software, row.device, row.kind)
+    return effect_names(row.software, row.kind)
 
 
 def fit(rows: Sequence[Row], start: Fit | None = None, known: Known | None = None) -> Fit:
@@ -160,7 +160,7 @@ def left_out(rows: Sequence[Row], whole: Fit) -> LeftOut:
         predicted = predict(asked, profile)
         for place, row in enumerate(asked):
             found.step_s[row.id] = float(predicted.step_s[place])
-            found.spread[row.id] = effect_and_spread(profile, row.software, row.device, row.kind)[1]
+            found.spread[row.id] = effect_and_spread(profile, row.software, row.kind)[1]
     return found
 
 

@@ -165,7 +165,7 @@ def _attention(case: Case, constants: Constants, at: Rates) -> _Attention:
         between_s=_passes_s(case, constants, at, _attention_elements(case)),
         tensor_s=2 * _gather_s(case, constants),
         context_s=_context_s(case, constants, core),
-        up_s=0.3 * forward,
+        up_s=0.3 * forward * case.shape.latent,
     )
 
 

@@ -37,8 +37,6 @@ class Row:
     case: Case
     software: str
     """Name under which the profile keeps the software's effect."""
-    device: str
-    """The same for the device."""
     step_s: float
     """Measured; 0 where it is not known."""
     memory_gib: float
@@ -62,7 +60,7 @@ def read_rows(path: Path) -> list[Row]:
 def row_of(entry: Entry) -> Row:
     """One row; raises PlanError naming what is missing."""
     try:
-        case, stack, device = _case_of(entry)
+        case, stack = _case_of(entry)
     except KeyError as missing:
         raise PlanError(f"row {entry.get('id', '?')} has no {missing}; planning needs it") from missing
     except (TypeError, ValueError) as wrong:
@@ -74,7 +72,6 @@ def row_of(entry: Entry) -> Row:
         kind="moe" if entry["model"].get("experts") else "dense",
         case=case,
         software=stack.effects or stack.name,
-        device=device.family_name,
         step_s=float((entry.get("derived") or {}).get("step_time_s") or measured.get("step_time_s") or 0.0),
         memory_gib=float(measured.get("mem_peak_alloc_gib") or measured.get("mem_peak_gib") or 0.0),
         recompute_known="recompute" not in (entry.get("config_gaps") or ()),
@@ -86,7 +83,7 @@ def together(rows: Sequence[Row]) -> Case:
     return stacked([row.case for row in rows])
 
 
-def _case_of(entry: Entry) -> tuple[Case, Stack, DeviceSpec]:
+def _case_of(entry: Entry) -> tuple[Case, Stack]:
     precision = str(entry.get("precision") or "bf16")
     cluster = cluster_of(entry["hardware"])
     stack = _stack_of(entry)
@@ -98,7 +95,7 @@ def _case_of(entry: Entry) -> tuple[Case, Stack, DeviceSpec]:
         traits=traits(stack, cluster.device),
         length=float(entry["model"]["seq_len"]),
     )
-    return case, stack, cluster.device
+    return case, stack
 
 
 def shape_of_row(model: Entry) -> ModelShape:
@@ -107,8 +104,7 @@ def shape_of_row(model: Entry) -> ModelShape:
     heads, layers = model["heads"], model["layers"]
     experts = model.get("experts") or 0
     head_dim = model.get("head_dim") or model["hidden"] / heads
-    found = re.search(r"first (\d+) dense", str(model.get("moe_layer_pattern") or ""))
-    first_dense = model.get("dense_layers") or (int(found[1]) if found else 0)
+    first_dense = model.get("dense_layers") or _dense_layers(str(model.get("moe_layer_pattern") or ""), layers)
     window, share = _window(model.get("window"))
     return ModelShape(
         name=str(model.get("name", "model")),
@@ -136,6 +132,15 @@ def shape_of_row(model: Entry) -> ModelShape:
     )
 
 
+def _dense_layers(pattern: str, layers: int) -> int:
+    """Layers without experts, from 'first 3 dense, rest MoE', 'every 2nd layer MoE', 'alternate layers MoE'."""
+    if found := re.search(r"first (\d+) dense", pattern):
+        return int(found[1])
+    if found := re.search(r"every (\d+)", pattern):
+        return layers - layers // int(found[1])
+    return layers - layers // 2 if re.search("alternat|every other|interleav", pattern) else 0
+
+
 def _window(value: Any) -> tuple[float, float]:
     """(tokens, share of layers) from 4096 or '128 on alternate layers'."""
     if not value:
@@ -145,7 +150,7 @@ def _window(value: Any) -> tuple[float, float]:
 
 
 def cluster_of(hardware: Entry) -> Cluster:
-    """A row's hardware: what is known of the named device, else the row's own figures; two levels of network."""
+    """A row's hardware: what is known of the named device with the row's memory, else the row's own figures."""
     known = find_device(str(hardware.get("class", "")), str(hardware.get("gpu", "")))
     device = known or DeviceSpec(
         name=str(hardware.get("class") or hardware["gpu"]),
@@ -156,6 +161,9 @@ def cluster_of(hardware: Entry) -> Cluster:
             **{kind: hardware[f"peak_{kind}"] for kind in ("fp8", "fp4") if hardware.get(f"peak_{kind}")},
         },
     )
+    if known:
+        gib, rate = hardware.get("hbm_gb") or known.memory_gib, hardware.get("hbm_gbps") or known.memory_gb_per_s
+        device = replace(known, memory_gib=float(gib), memory_gb_per_s=float(rate))
     domain = int(hardware.get("nvlink_domain") or hardware.get("gpus_per_node") or 8)
     return Cluster(
         name=device.name,

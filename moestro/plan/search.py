@@ -34,6 +34,27 @@ RECOMPUTE: tuple[dict[str, float], ...] = (
     {"full": 1},
 )
 """What may be done again, from nothing to everything."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """What is tried besides every possible cut."""
+
+    micro_batches: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+    virtual: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 12)
+    recompute: tuple[dict[str, float], ...] = RECOMPUTE
+
+
+MODULES = ("again_activation", "again_up", "again_dense", "again_experts", "again_attention")
+WHOLE_SPACE = Space(
+    micro_batches=tuple(range(1, 65)),
+    virtual=tuple(range(1, 17)),
+    recompute=(
+        *(dict(zip(MODULES, map(float, chosen), strict=True)) for chosen in product((0, 1), repeat=len(MODULES))),
+        *({"full": share} for share in (0.25, 0.5, 0.75, 1.0)),
+    ),
+)
+"""Every micro-batch, every number of chunks, every choice of modules: to check the usual space against; minutes."""
 CHUNK = 16384
 """Layouts evaluated at a time: columns stay in the processor's cache."""
 MOST_TENSOR = 64
@@ -85,12 +106,7 @@ class Found:
 
 def case_of(question: Question, layout: Layout) -> Case:
     """The case of one layout, or of a column of them."""
-    effect, _ = effect_and_spread(
-        question.profile,
-        question.stack.effects or question.stack.name,
-        question.cluster.device.family_name,
-        question.kind,
-    )
+    effect, _ = effect_and_spread(question.profile, question.stack.effects or question.stack.name, question.kind)
     imbalance: Array | float = question.imbalance
     if question.expert_load:
         imbalance = imbalance_of_ranks(question.expert_load, layout.ep)
@@ -106,10 +122,10 @@ def case_of(question: Question, layout: Layout) -> Case:
     )
 
 
-def search(question: Question, keep: int = 5) -> Found:
+def search(question: Question, keep: int = 5, space: Space | None = None) -> Found:
     """The `keep` fastest layouts that fit; raises PlanError with the nearest way out where none does."""
     begin = time.perf_counter()
-    columns = candidates(question)
+    columns = candidates(question, space)
     number = _number(columns)
     room = room_gib(question)
     seconds, peaks = np.full(number, np.inf), np.empty(number)
@@ -140,7 +156,7 @@ def search(question: Question, keep: int = 5) -> Found:
 def spread_of(question: Question) -> float:
     """Standard deviation of the logarithm of predicted seconds."""
     software = question.stack.effects or question.stack.name
-    return effect_and_spread(question.profile, software, question.cluster.device.family_name, question.kind)[1]
+    return effect_and_spread(question.profile, software, question.kind)[1]
 
 
 def _distinct(columns: Layout, seconds: Array, keep: int) -> list[int]:
@@ -168,14 +184,14 @@ def divisors(number: int, most: int) -> list[int]:
     return [size for size in range(1, min(number, most) + 1) if number % size == 0]
 
 
-def candidates(question: Question) -> Layout:
+def candidates(question: Question, space: Space | None = None) -> Layout:
     """Every layout that can run, as columns; raises PlanError where the user's settings leave none."""
     cuts = _cuts(question)
     if not cuts:
         raise PlanError(_why_impossible(question))
-    sizes = [micro for micro in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if question.sequences % micro == 0]
-    virtual = [1, 2, 3, 4, 5, 6, 8, 12]
-    options = list(product(sizes, virtual, range(len(SCHEDULES)), (1, 3), range(len(RECOMPUTE))))
+    space = space or Space()
+    sizes = [micro for micro in space.micro_batches if question.sequences % micro == 0]
+    options = list(product(sizes, space.virtual, range(len(SCHEDULES)), (1, 3), range(len(space.recompute))))
     cut_CK, option_OK = np.array(cuts, dtype=np.float64), np.array(options, dtype=np.float64)
     rows_C = np.repeat(np.arange(len(cut_CK)), len(option_OK))
     rows_O = np.tile(np.arange(len(option_OK)), len(cut_CK))
@@ -190,9 +206,9 @@ def candidates(question: Question) -> Layout:
     c, o = rows_C[possible], rows_O[possible]
     if not len(c):
         raise PlanError(_why_impossible(question))
+    chosen = again[o].astype(int)
     recompute = {
-        name: np.array([choice.get(name, 0.0) for choice in RECOMPUTE])[again[o].astype(int)]
-        for name in ("full", "again_activation", "again_up", "again_dense", "again_experts")
+        name: np.array([choice.get(name, 0.0) for choice in space.recompute])[chosen] for name in ("full", *MODULES)
     }
     return Layout(
         devices=float(question.devices),
