@@ -40,6 +40,8 @@ class Constants:
     """Of grouped products over experts, beside equal dense ones."""
     depth_half: Number
     """Inner dimension at which an H100 in bf16 reaches half its rate; grows with the device's rate."""
+    tail_wave: Number
+    """Share of a wave of tiles by which the last wave of a product is not full, on average."""
     operand_weight: Number
     """Weight of reading and writing operands in the roofline of a product."""
     memory_share: Number
@@ -159,6 +161,7 @@ PRIORS: dict[str, Prior] = {
     "fp4_share": Prior(0.62, 0.20, "a few layers and gradients stay in higher formats"),
     "grouped_share": Prior(0.95, 0.08, "TransformerEngine grouped GEMM beside cuBLAS"),
     "depth_half": Prior(150.0, 0.50, "pipeline prologue of Hopper GEMM tiles"),
+    "tail_wave": Prior(0.5, 0.5, "tiles of a product over multiprocessors: half of the last wave idles"),
     "operand_weight": Prior(1.0, 0.30, "roofline"),
     "memory_share": Prior(0.85, 0.10, "STREAM-like kernels on A100, H100"),
     "kernel_s": Prior(3e-6, 0.40, "gap between kernels in a stream"),

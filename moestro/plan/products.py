@@ -19,6 +19,8 @@ from moestro.plan.machine import REFERENCE_FLOPS_PER_S, Machine, Precision
 
 NARROW_OPERAND_BYTES = 1.3
 """Of an operand of 8-bit products on average: inputs 1 byte, outputs 2."""
+WAVE = 132 * 128 * 256
+"""Results of one wave of tiles: an H100's multiprocessors, a tile each; other devices have about as many."""
 TILE = 256
 """Sides of matrices are worked on in tiles of this width."""
 GRADIENT_TRAFFIC_BYTES = 8.0
@@ -36,6 +38,10 @@ class Products:
     weights: Number
     inputs: Number
     """Elements of the inputs that are kept and, in narrow formats, quantised."""
+    depths: Number
+    """Sum of the inner dimensions: what one more tile of every product computes."""
+    depths_back: Number
+    """The same for the two products of the backward pass."""
     depth: Number
     """Mean inner dimension, weighted by operations over it."""
     kernels: Number
@@ -63,6 +69,8 @@ def products(rows: Number, shapes: Sequence[tuple[Number, Number]], copies: Numb
         elements=rows * (inner_sum + outer_sum) + copies * weights,
         weights=copies * weights,
         inputs=rows * inner_sum,
+        depths=inner_sum,
+        depths_back=outer_sum + kernels * rows,
         depth=weights / np.maximum(outer_sum, 1.0),
         kernels=kernels,
     )
@@ -124,12 +132,13 @@ def forward_s(work: Products, at: Rates, constants: Constants, slowdown: Number 
     """Seconds of the forward products; slowdown multiplies computing only."""
     traffic_s = constants.operand_weight * at.operand_bytes * work.elements / at.bytes_per_s
     quantise_s = at.narrow * constants.quantise * 3 * work.inputs / at.bytes_per_s
-    return larger(_compute_s(work, at, slowdown), traffic_s, 2) + work.kernels * constants.kernel_s + quantise_s
+    compute_s = _compute_s(work, at, slowdown) + _tail_s(work.depths, at, constants)
+    return larger(compute_s, traffic_s, 2) + work.kernels * constants.kernel_s + quantise_s
 
 
 def backward_s(work: Products, at: Rates, constants: Constants, slowdown: Number = 1.0) -> Number:
     """Seconds of the products that make the gradients of inputs and of weights."""
-    compute_s = _compute_s(work, at, slowdown)
+    compute_s = _compute_s(work, at, slowdown) + _tail_s(work.depths_back, at, constants) / 2
     traffic_s = constants.operand_weight * at.operand_bytes * work.elements / at.bytes_per_s
     gradient_s = traffic_s + constants.operand_weight * GRADIENT_TRAFFIC_BYTES * work.weights / at.bytes_per_s
     quantise_s = at.narrow * constants.quantise * 6 * work.inputs / at.bytes_per_s
@@ -139,3 +148,8 @@ def backward_s(work: Products, at: Rates, constants: Constants, slowdown: Number
 
 def _compute_s(work: Products, at: Rates, slowdown: Number) -> Number:
     return work.flops / at.flops_per_s * (1 + at.depth_half / np.maximum(work.depth, 1.0)) * slowdown
+
+
+def _tail_s(depths: Number, at: Rates, constants: Constants) -> Number:
+    """Multiprocessors that idle in the last wave of tiles, for products of these inner dimensions."""
+    return constants.tail_wave * 2 * WAVE * depths / at.flops_per_s
