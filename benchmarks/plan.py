@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from moestro.cluster.topology import read_cluster
-from moestro.plan.fit import LeftOut, fit, left_out, profile_of, widening
+from moestro.plan.constants import NAMES, prior_spreads
+from moestro.plan.fit import Fit, LeftOut, fit, left_out, profile_of, widening
 from moestro.plan.goodput import Reliability, goodput
 from moestro.plan.profile import TENTH, Profile, _anchored, predict, save_profile
 from moestro.plan.published import Row, read_rows
@@ -54,6 +55,8 @@ def main() -> None:
         "reports": len(groups(rows)),
         "fit_s": round(fit_s, 2),
     }
+    result["constants"] = f"{len(NAMES)} with priors; rows decide as much as {learned(whole):.0f} free ones would take"
+    result["effects"] = len(whole.names_E)
     for kind in ("dense", "moe"):
         result[f"{kind}_left_out"] = spread_of_errors(rows, unseen.step_s, kind)
         result[f"{kind}_fit"] = spread_of_errors(rows, fitted, kind)
@@ -73,6 +76,12 @@ def main() -> None:
     print(line)
     if asked.out:
         asked.out.write_text(line + "\n", encoding="utf-8")
+
+
+def learned(whole: Fit) -> float:
+    """Effective number of constants: one minus posterior over prior variance, summed."""
+    variance = np.diag(whole.covariance)[: len(NAMES)]
+    return float((1 - variance / prior_spreads() ** 2).sum())
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:

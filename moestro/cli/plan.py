@@ -240,10 +240,12 @@ def _question(
     park = read_cluster(_find(cluster, "clusters"), of_kind(settings, "network", "device"))
     if devices > park.most_devices:
         raise PlanError(f"--devices is {devices}; {park.name} has {park.most_devices:.0f}")
+    fixed = layout_settings(of_kind(settings, "layout"))
+    stack = find_stack(software)
     return Question(
         shape=shape,
         cluster=park,
-        stack=find_stack(software),
+        stack=stack,
         profile=load_profile(profile),
         devices=devices,
         sequences=sequences or 4 * devices,
@@ -251,7 +253,7 @@ def _question(
         precision=precision,
         imbalance=imbalance,
         expert_load=read_loads(loads, int(shape.experts)) if loads else (),
-        fixed=layout_settings(of_kind(settings, "layout")),
+        fixed={"cp": 1, **fixed} if stack.family == "moestro" else fixed,
     )
 
 

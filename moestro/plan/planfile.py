@@ -30,17 +30,24 @@ def plan_table(question: Question, layout: Layout, source: Table) -> Table:
     train |= {"length": question.length, "sequences": question.sequences}
     train["micro_batches"] = max(int(float(layout.micro_batches)), 1)
     train["recompute"] = bool(recompute_text(layout))
-    return {**table, "train": train, "dist": dist_table(layout)}
+    return {**table, "train": train, "dist": dist_table(question, layout)}
 
 
-def dist_table(layout: Layout) -> Table:
-    """The axes of the mesh; every data-parallel rank holds a shard, none a copy."""
+def dist_table(question: Question, layout: Layout) -> Table:
+    """The axes of the mesh; every data-parallel rank holds a shard, none a copy.
+
+    ranks  all where the cluster is one machine, so that `moestro train` starts them itself; else 0, for torchrun
+    """
+    alone = len(question.cluster.network) == 1
     return {
+        "ranks": question.devices if alone else 0,
         "pp": int(layout.pp),
         "dp_replicate": 1,
         "dp_shard": int(layout.dp),
         "tp": int(layout.tp),
         "ep": int(layout.ep),
+        "expert_tp": bool(layout.etp > 1),
+        "zero": int(layout.zero),
     }
 
 
