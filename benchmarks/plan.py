@@ -8,11 +8,13 @@ Run with `make bench-plan`; needs two minutes, numpy only.
 """
 
 import argparse
+import csv
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from moestro.plan.constants import NAMES, prior_spreads
 from moestro.plan.fit import Fit, LeftOut, fit, left_out, profile_of, widening
 from moestro.plan.goodput import Reliability, goodput
 from moestro.plan.profile import TENTH, Profile, _anchored, predict, save_profile
-from moestro.plan.published import Row, read_rows
+from moestro.plan.published import Row, read_rows, row_of
 from moestro.plan.search import WHOLE_SPACE, Question, search
 from moestro.plan.shape import read_model
 from moestro.plan.stacks import find_stack
@@ -63,6 +65,7 @@ def main() -> None:
         result[f"{kind}_one_row_given"] = anchored_error(rows, unseen, widen, kind)
         result[f"{kind}_band_coverage"] = coverage(rows, unseen, widen, kind)
         result[f"{kind}_band_coverage_other_half"] = coverage_other_half(rows, unseen, kind)
+    result |= single_node(profile)
     result |= ranking(rows, unseen.step_s) | memory(everything, profile) | answering(everything, profile)
     result |= searching(profile)
     good = {
@@ -180,6 +183,41 @@ def memory(rows: Sequence[Row], profile: Profile) -> dict[str, object]:
         "peak_memory": {"median": percent(np.median(errors)), "max": percent(max(errors)), "rows": len(known)},
         "called_too_large": refused,
     }
+
+
+def single_node(profile: Profile) -> dict[str, object]:
+    """1,440 runs of small GPT models on one A100 node (vTrain), none of them fitted; where the file is at hand.
+
+    Vocabulary, precision and ZeRO are not in the file: those of vTrain's other runs are taken, without recomputation.
+    """
+    path = HERE.parent.parent / "shared" / "planner" / "vtrain_single_node_1440.csv"
+    if not path.exists():
+        return {}
+    like = next(e for e in json.loads(ROWS.read_text())["entries"] if e["group"] == "vtrain-multi-3.6b")
+    with path.open(encoding="utf-8-sig") as file:
+        rows = [single_node_row(line, like) for line in csv.DictReader(file)]
+    error = np.abs(predict(rows, profile).step_s / [row.step_s for row in rows] - 1)
+    shown = {"median": percent(np.median(error)), "p90": percent(np.quantile(error, 0.9)), "rows": len(rows)}
+    return {"single_node_never_fitted": shown}
+
+
+def single_node_row(line: dict[str, str], like: dict[str, Any]) -> Row:
+    """A line of the file as a row."""
+    width, heads, layers = int(line["hidden size"]), int(line["attention heads"]), int(line["# layers"])
+    cut = {axis: int(line[f"{name} parallelism"]) for axis, name in (("tp", "tensor"), ("pp", "pipeline"))}
+    sizes = {"hidden": width, "heads": heads, "kv_heads": heads, "head_dim": width // heads, "ffn": 4 * width}
+    sizes |= {"layers": layers, "dense_layers": layers, "seq_len": int(line["sequence length"])}
+    entry = {
+        **like,
+        "model": {**like["model"], **sizes},
+        "hardware": {**like["hardware"], "count": int(line["# GPUs"])},
+        "parallelism": {**like["parallelism"], **cut},
+        "micro_batch": int(line["micro batch"]),
+        "global_batch": int(line["global batch"]),
+        "recompute": "none",
+        "derived": {"step_time_s": float(line["iteration time (ms)"]) / 1e3},
+    }
+    return row_of(entry)
 
 
 def answering(rows: Sequence[Row], profile: Profile) -> dict[str, object]:

@@ -199,7 +199,7 @@ def simulate(
 @app.command()
 def calibrate(
     out: Path = typer.Option(Path("profile.json"), "--out", "-o", help="The profile to write."),
-    steps: int = typer.Option(16, help="Steps of each short run; the first are not counted."),
+    steps: int = typer.Option(10, help="Steps of each short run; the first are not counted."),
     ranks: list[int] = typer.Option([1], help="Numbers of ranks to measure; give it several times."),
     check: bool = typer.Option(False, help="Leave every third run out and say how well it is predicted."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),

@@ -2,8 +2,9 @@
 
     trials -> moestro train (a process of its own) -> events.jsonl -> undisturbed step -> plan.calibrate
 
-Runs are small and differ in width, tokens, experts and micro-batches, so that rates, overheads and traffic can be told
-apart. Nothing is left behind but the profile.
+Every run is measured twice, there and back through the list, and the faster counts: a machine with neighbours changes
+speed. Runs are small and differ in width, tokens, experts and micro-batches, so that rates, overheads and traffic can
+be told apart. Nothing is left behind but the profile.
 """
 
 import subprocess
@@ -24,8 +25,12 @@ Say = Callable[[str], None]
 
 
 def trials(ranks: int) -> list[Trial]:
-    """What is run: one size changes at a time, and a few together."""
-    base = Trial(ranks=ranks)
+    """What is run: one size changes at a time, and a few together; fewer with several ranks, which start slowly."""
+    if ranks > 1:
+        base = Trial(ranks=ranks, length=128)
+        few = [{}, {"width": 128}, {"width": 384}, {"num_layers": 2}, {"length": 256}, {"num_experts": 16}]
+        return [base.changed(**change) for change in few]
+    base = Trial()
     changes: list[dict[str, int]] = [
         {},
         {"width": 128},
@@ -52,13 +57,19 @@ def calibrate_here(*, out: Path, steps: int, ranks: Sequence[int], check: bool, 
     for number in ranks:
         if number < 1:
             raise PlanError(f"--ranks is {number}; it must be 1 or more")
-        for trial in trials(number):
-            step_s = measure(trial, steps)
-            rows.append(measured_row(trial, step_s))
-            say(f"{trial.text()}: {1e3 * step_s:.1f} ms a step")
+        asked = trials(number)
+        there = [_measured(trial, steps, say) for trial in asked]
+        back = [_measured(trial, steps, say) for trial in reversed(asked)][::-1]  # a machine's speed drifts
+        rows += [measured_row(trial, min(pair)) for trial, *pair in zip(asked, there, back, strict=True)]
     result = calibrated(rows, out, check=check)
     result["text"] = "\n".join([*result["lines"], f"wrote {out}"])
     return result
+
+
+def _measured(trial: Trial, steps: int, say: Say) -> float:
+    step_s = measure(trial, steps)
+    say(f"{trial.text()}: {1e3 * step_s:.1f} ms a step")
+    return step_s
 
 
 def measure(trial: Trial, steps: int) -> float:

@@ -39,6 +39,10 @@ class DeviceSpec:
     """Name under which profiles know the device (H100, GB200 ...); empty takes the first word of the name."""
     host: Literal["x86", "arm"] = "x86"
     """The host's processor: it launches the kernels."""
+    tile: int = 256
+    """Sides of matrices are worked on in tiles of this width."""
+    tiles_at_once: int = 132
+    """Tiles of 128 x 256 results worked on at once, an H100's multiprocessors; 0 where products know no waves."""
     released: float = 2024.0
     """Year of general availability; software is slower on devices younger than itself."""
     power_w: float = 0.0

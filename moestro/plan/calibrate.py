@@ -53,6 +53,8 @@ FREE = (
 """Constants that this machine decides."""
 WIDE, NARROW = 1.5, 0.02
 """Standard deviations of the logarithm of a free and of any other constant."""
+NOISE = 0.05
+"""Standard deviation of the logarithm of a measured step: neighbours on the machine."""
 VOCAB = 256
 
 
@@ -148,7 +150,7 @@ def measured_row(trial: Trial, step_s: float) -> Row:
 def known_machine() -> Known:
     """Wide for what the machine decides, narrow for the rest."""
     spread = np.array([WIDE if name in FREE else NARROW for name in NAMES])
-    return Known(center_P=prior_means(), spread_P=spread, effect_spread=0.001)
+    return Known(center_P=prior_means(), spread_P=spread, effect_spread=0.001, noise=NOISE)
 
 
 def calibrated(rows: Sequence[Row], out: Path, *, check: bool = False) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class Known:
     spread_P: Array
     effect_spread: float
     """Of every effect."""
+    noise: float
+    """Of every row; rows of a group share nothing else."""
 
 
 def _names(row: Row) -> list[str]:
@@ -90,7 +92,7 @@ def fit(rows: Sequence[Row], start: Fit | None = None, known: Known | None = Non
         predicted, slopes = jacobian(case, theta[:num])
         residual = measured - predicted - incidence @ theta[num:]
         design = np.concatenate([slopes, incidence], axis=1)
-        inverse = _inverse_covariance(rows, weights)
+        inverse = _inverse_covariance(rows, weights) if known is None else np.diag(weights / known.noise**2)
         precision = design.T @ inverse @ design + np.diag(spread**-2)
         step = np.linalg.solve(precision, design.T @ inverse @ residual + (center - theta) / spread**2)
         theta = theta + np.clip(step, -0.5, 0.5)

@@ -17,8 +17,6 @@ from moestro.plan.constants import Constants
 from moestro.plan.network import collective_s, exchange_s
 from moestro.plan.products import Products, Rates, backward_s, forward_s, products, rates, wide_rates
 
-TILE_ROWS = 128
-"""Rows of a matrix tile: an expert's last tile is half empty on average."""
 BACKWARD_ATTENTION = 2.5
 """Operations of fused attention backward over forward: five products for two."""
 HOST_POWER = 3.0
@@ -108,7 +106,7 @@ def attention_products(case: Case) -> Products:
         (shape.kv_rank * latent, shape.heads * (nope + shape.v_dim) / tp),
         (shape.heads * shape.v_dim / tp, shape.width),
     ]
-    return products(case.tokens, shapes)
+    return products(case.tokens, shapes, case.machine.tile)
 
 
 def dense_products(case: Case) -> Products:
@@ -125,13 +123,13 @@ def expert_products(case: Case) -> Products:
     """Routed experts on one rank, when routing is even."""
     shape, width = case.shape, case.shape.expert_width / case.layout.etp
     shapes = [(shape.width, (1 + shape.gates) * width), (width, shape.width)]
-    return products(case.routed_rows, shapes, copies=case.experts_here)
+    return products(case.routed_rows, shapes, case.machine.tile, copies=case.experts_here)
 
 
 def head_s(case: Case, constants: Constants, wide: Rates) -> Number:
     """Output head and loss: products in 16 bits, six passes of 4 bytes over the logits."""
     shape, tp = case.shape, case.layout.tp
-    work = products(case.tokens, [(shape.width, shape.vocab / tp)])
+    work = products(case.tokens, [(shape.width, shape.vocab / tp)], case.machine.tile)
     loss_s = constants.loss_traffic * 6 * 4 * case.tokens * shape.vocab / tp / wide.bytes_per_s
     return forward_s(work, wide, constants) + backward_s(work, wide, constants) + loss_s
 
@@ -139,7 +137,7 @@ def head_s(case: Case, constants: Constants, wide: Rates) -> Number:
 def _feed_forward(case: Case, width: Number) -> Products:
     shape, tp = case.shape, case.layout.tp
     inner = np.where(np.asarray(width) > 0, shape.width, 0.0)
-    return products(case.tokens, [(inner, (1 + shape.gates) * width / tp), (width / tp, inner)])
+    return products(case.tokens, [(inner, (1 + shape.gates) * width / tp), (width / tp, inner)], case.machine.tile)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -311,9 +309,9 @@ def _imbalance(case: Case, constants: Constants) -> Number:
 
 
 def _tile_waste(case: Case) -> Number:
-    """Rows computed over rows there: every expert's last tile is half empty on average."""
+    """Rows computed over rows there: every expert's last tile, half as high as wide, is half empty on average."""
     rows = case.routed_rows / np.maximum(case.experts_here, 1e-9)
-    return 1 + TILE_ROWS / 2 / np.maximum(rows, 1.0)
+    return 1 + case.machine.tile / 4 / np.maximum(rows, 1.0)
 
 
 def _sparse_elements(case: Case) -> Number:

@@ -80,6 +80,10 @@ class Machine:
     """Vendor's dense 16-bit rate, for MFU."""
     memory_bytes_per_s: Number
     memory_bytes: Number
+    tile: Number
+    """Side of a tile of a matrix product."""
+    wave: Number
+    """Results of one wave of tiles."""
     levels: tuple[Level, ...]
 
 
@@ -97,6 +101,8 @@ def machine_of(cluster: Cluster, precision: str) -> Machine:
         peak_flops_per_s=device.peak_tflops[base] * 1e12,
         memory_bytes_per_s=device.memory_gb_per_s * 1e9,
         memory_bytes=device.memory_bytes,
+        tile=device.tile,
+        wave=device.tiles_at_once * 128 * 256,
         levels=tuple(
             Level(devices=size, bytes_per_s=level.bytes_per_s, slowness=level.slowness)
             for size, level in zip(cluster.unit_sizes(), cluster.network, strict=True)

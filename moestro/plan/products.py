@@ -19,10 +19,6 @@ from moestro.plan.machine import REFERENCE_FLOPS_PER_S, Machine, Precision
 
 NARROW_OPERAND_BYTES = 1.3
 """Of an operand of 8-bit products on average: inputs 1 byte, outputs 2."""
-WAVE = 132 * 128 * 256
-"""Results of one wave of tiles: an H100's multiprocessors, a tile each; other devices have about as many."""
-TILE = 256
-"""Sides of matrices are worked on in tiles of this width."""
 GRADIENT_TRAFFIC_BYTES = 8.0
 """Per weight and micro-batch: the gradient is read and written in fp32."""
 
@@ -47,9 +43,10 @@ class Products:
     kernels: Number
 
 
-def products(rows: Number, shapes: Sequence[tuple[Number, Number]], copies: Number = 1.0) -> Products:
+def products(rows: Number, shapes: Sequence[tuple[Number, Number]], tile: Number, copies: Number = 1.0) -> Products:
     """Sum up products of `rows` rows with matrices (inner, outer); a matrix with a side of 0 is not there.
 
+    tile    side of a tile
     copies  matrices of each shape that share the rows: the experts on this rank
     """
     weights: Number = 0.0
@@ -60,7 +57,7 @@ def products(rows: Number, shapes: Sequence[tuple[Number, Number]], copies: Numb
     for inner, outer in shapes:
         there = (np.asarray(inner) > 0) & (np.asarray(outer) > 0)
         weights = weights + np.where(there, inner * outer, 0.0)
-        padded = padded + np.where(there, _padded(inner) * _padded(outer), 0.0)
+        padded = padded + np.where(there, _padded(inner, tile) * _padded(outer, tile), 0.0)
         inner_sum = inner_sum + np.where(there, inner, 0.0)
         outer_sum = outer_sum + np.where(there, outer, 0.0)
         kernels = kernels + np.where(there, 1.0, 0.0)
@@ -76,9 +73,9 @@ def products(rows: Number, shapes: Sequence[tuple[Number, Number]], copies: Numb
     )
 
 
-def _padded(side: Number) -> Number:
+def _padded(side: Number, tile: Number) -> Number:
     """A side of a matrix as tiles see it."""
-    return np.asarray(np.ceil(np.asarray(side, dtype=np.float64) / TILE) * TILE, dtype=np.float64)
+    return np.asarray(np.ceil(np.asarray(side, dtype=np.float64) / tile) * tile, dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +87,7 @@ class Rates:
     depth_half: Number
     operand_bytes: Number
     narrow: Number
+    wave: Number
 
 
 def rates(machine: Machine, precision: Precision, constants: Constants) -> Rates:
@@ -109,6 +107,7 @@ def rates(machine: Machine, precision: Precision, constants: Constants) -> Rates
         depth_half=_depth_half(machine, constants) * (1 + precision.narrow),
         operand_bytes=np.where(np.asarray(precision.narrow) > 0, NARROW_OPERAND_BYTES, 2.0 + 2.0 * precision.single),
         narrow=precision.narrow,
+        wave=machine.wave,
     )
 
 
@@ -120,6 +119,7 @@ def wide_rates(machine: Machine, precision: Precision, constants: Constants) -> 
         depth_half=_depth_half(machine, constants),
         operand_bytes=2.0 + 2.0 * precision.single,
         narrow=0.0,
+        wave=machine.wave,
     )
 
 
@@ -152,4 +152,4 @@ def _compute_s(work: Products, at: Rates, slowdown: Number) -> Number:
 
 def _tail_s(depths: Number, at: Rates, constants: Constants) -> Number:
     """Multiprocessors that idle in the last wave of tiles, for products of these inner dimensions."""
-    return constants.tail_wave * 2 * WAVE * depths / at.flops_per_s
+    return constants.tail_wave * 2 * at.wave * depths / at.flops_per_s

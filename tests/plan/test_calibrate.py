@@ -49,7 +49,7 @@ def test_measuring_goes_through_every_trial(tmp_path: Path, monkeypatch: pytest.
     said: list[str] = []
     out = tmp_path / "profile.json"
     result = plan_calibrate.calibrate_here(out=out, steps=8, ranks=[1], check=False, say=said.append)
-    assert len(said) == len(plan_calibrate.trials(1))
+    assert len(said) == 2 * len(plan_calibrate.trials(1))
     assert "median error" in result["text"]
     assert np.isfinite(load_profile(out).constants.matmul_share)
 

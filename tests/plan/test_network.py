@@ -29,6 +29,8 @@ HOSTS = Machine(
     peak_flops_per_s=1e15,
     memory_bytes_per_s=1e12,
     memory_bytes=1e11,
+    tile=256,
+    wave=4e6,
     levels=(Level(devices=8, bytes_per_s=400e9), Level(devices=np.inf, bytes_per_s=50e9)),
 )
 
