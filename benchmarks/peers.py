@@ -130,11 +130,13 @@ PEERS: dict[str, Callable[[Tensor, Tensor], Peer]] = {
     "moestro grouped": ours("grouped"),
     "sort + grouped_mm": sort_and_grouped_mm,
     "transformers grouped_mm": transformers_experts("grouped_mm"),
-    "transformers eager": transformers_experts("eager"),
     "torchtitan": torchtitan,
     "DeepSpeed": deepspeed,
 }
 """Everything that can be put beside each other, ours first."""
+
+BF16_ONLY = ("torchtitan",)
+"""Those that compute in bfloat16 whatever they are given, and so are no peers in float32."""
 
 VARIABLE_K = ("moestro fused", "moestro grouped", "sort + grouped_mm")
 """Those that take a token with fewer experts than slots."""

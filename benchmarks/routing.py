@@ -1,6 +1,6 @@
 """Routing rules on the same text and token budget: held-out loss, expert work and step time, with intervals.
 
-    python benchmarks/routing.py [--jobs 2] [--seeds 3] [--steps 1000] [--only NAME ...]     make bench-routing
+    python benchmarks/routing.py [--jobs 2] [--seeds 3] [--steps 400] [--only NAME ...]     make bench-routing
 
 Every rule trains recipes/routing.toml with every seed (the seed draws weights and the order of the text). Runs are
 processes of one thread, `--jobs` at a time; finished ones are kept in --folder and not done again. Then the rules'
@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--only", nargs="*", choices=[*RULES], default=[*RULES])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/routing")
     parser.add_argument("--run", help=argparse.SUPPRESS)

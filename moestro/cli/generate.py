@@ -15,11 +15,13 @@ def generate(
     seed: int = typer.Option(0, min=0, help="The same seed gives the same text."),
 ) -> None:
     """Continue a text with a trained model, printed as it comes."""
+    from moestro.train.device import one_thread
     from moestro.train.samples import open_sampler
 
     sampler, text = open_sampler(run), sys.stdin.read() if prompt == "-" else prompt
     sys.stdout.write(text)
-    for piece in sampler.stream(text, tokens, temperature=temperature, top_k=top_k, seed=seed):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    with one_thread():
+        for piece in sampler.stream(text, tokens, temperature=temperature, top_k=top_k, seed=seed):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")

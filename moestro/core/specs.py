@@ -128,10 +128,11 @@ class RouterSpec:
     mean_experts: float = 1.35
     """gap, topp, relu, expert_choice, quantile: the budget, mean experts per token."""
     score: Literal["softmax", "sigmoid"] = "softmax"
-    weights: Literal["keep", "pair", "straight", "ramp", "renormalise"] = "keep"
-    """keep: the raw score. pair: over the sum of the two best, taken or not. ramp: as pair, and the second expert fades
-    in from 0 at the threshold. renormalise: chosen sum to 1. straight: the same in value, the sum a constant to the
-    gradient, so that a lone expert weighs 1 and its router still learns."""
+    weights: Literal["auto", "keep", "pair", "straight", "ramp", "renormalise"] = "auto"
+    """auto: pair for gap and gshard, renormalise where several are always chosen, else keep. keep: the raw score.
+    pair: over the sum of the two best, taken or not. ramp: as pair, and the second expert fades in from 0 at the
+    threshold. renormalise: chosen sum to 1. straight: the same in value, the sum a constant to the gradient, so that a
+    lone expert weighs 1 and its router still learns."""
     ramp_width: float = 0.5
     """ramp: share of the threshold over which the second expert's weight rises to its full value."""
     weight_scale: float = 1.0
@@ -165,23 +166,15 @@ class RouterSpec:
     """Training: multiplicative uniform noise on the router's input (Switch)."""
 
     def __post_init__(self) -> None:
+        if self.weights == "auto":
+            object.__setattr__(self, "weights", self._best_weights())
         if self.k < 1:
             raise ConfigError(f"model.moe.router.k is {self.k}; it must be 1 or more")
         if self.rule == "gap" and not 1 <= self.mean_experts <= 2:
             raise ConfigError(f"model.moe.router.mean_experts is {self.mean_experts}; rule gap takes 1 to 2")
         if self.mean_experts < 1 or self.start_experts < 1:
             raise ConfigError("model.moe.router.mean_experts and model.moe.router.start_experts must be 1 or more")
-        if self.weights == "renormalise" and self.always_single:
-            raise ConfigError(
-                f"model.moe.router.weights is renormalise with rule {self.rule}, which may choose one expert: its "
-                "weight would be 1 and the router would get no gradient; use keep"
-            )
-        if self.weights == "ramp" and self.rule != "gap":
-            raise ConfigError(f"model.moe.router.weights is ramp; it is for rule gap, not {self.rule}; use keep")
-        if self.weights == "pair" and self.rule not in ("gap", "gshard"):
-            raise ConfigError(f"model.moe.router.weights is pair; it is for gap and gshard, not {self.rule}")
-        if self.weights == "renormalise" and self.rule in ("relu", "expert_choice", "quantile"):
-            raise ConfigError(f"model.moe.router.weights is renormalise; rule {self.rule} needs keep")
+        self._check_weights()
         if not 0 < self.ramp_width <= 1:
             raise ConfigError(f"model.moe.router.ramp_width is {self.ramp_width}; it must be above 0 and at most 1")
         if not 0 <= self.threshold < 1:
@@ -198,6 +191,25 @@ class RouterSpec:
         for name in ("threshold_decay", "anneal_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"model.moe.router.{name} is {getattr(self, name)}; it must be in 0..1")
+
+    def _check_weights(self) -> None:
+        if self.weights == "renormalise" and self.always_single:
+            raise ConfigError(
+                f"model.moe.router.weights is renormalise with rule {self.rule}, which may choose one expert: its "
+                "weight would be 1 and the router would get no gradient; use keep"
+            )
+        if self.weights == "ramp" and self.rule != "gap":
+            raise ConfigError(f"model.moe.router.weights is ramp; it is for rule gap, not {self.rule}; use keep")
+        if self.weights == "pair" and self.rule not in ("gap", "gshard"):
+            raise ConfigError(f"model.moe.router.weights is pair; it is for gap and gshard, not {self.rule}")
+        if self.weights == "renormalise" and self.rule in ("relu", "expert_choice", "quantile"):
+            raise ConfigError(f"model.moe.router.weights is renormalise; rule {self.rule} needs keep")
+
+    def _best_weights(self) -> str:
+        """As compared in docs/routing.md."""
+        if self.rule in ("gap", "gshard"):
+            return "pair"
+        return "renormalise" if self.rule == "top2" or (self.rule == "topk" and self.k > 1) else "keep"
 
     @property
     def always_single(self) -> bool:
@@ -241,6 +253,11 @@ class MoESpec:
             raise ConfigError(
                 f"router rule {router.rule} takes {router.max_experts} experts per token but model.moe.num_experts is "
                 f"{self.num_experts}; raise model.moe.num_experts or lower model.moe.router.k"
+            )
+        if router.rule in BUDGETED and router.mean_experts > self.num_experts:
+            raise ConfigError(
+                f"model.moe.router.mean_experts is {router.mean_experts}; it must be at most num_experts = "
+                f"{self.num_experts}"
             )
         if self.num_experts % router.num_groups:
             raise ConfigError(

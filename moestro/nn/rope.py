@@ -9,11 +9,13 @@ Dimension key:  B sequences   H heads   S positions   R rotated dimensions of a 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moestro.core.specs import RopeSpec
+from moestro.nn.kernels import cpu
 
 
 def frequencies(spec: RopeSpec, dim: int) -> Tensor:
@@ -88,9 +90,34 @@ class Rotary(nn.Module):
     def forward(self, x_BHSR: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Turn every pair; the result has halves layout whatever the input's, which scores do not see."""
         cos_SP, sin_SP = angles
+        if x_BHSR.dim() == 4 and not self.interleaved and x_BHSR.stride(-1) == 1 and cpu.usable(x_BHSR):
+            turned_BHSR: Tensor = OnePassTurn.apply(x_BHSR, cos_SP, sin_SP)
+            return turned_BHSR
         if self.interleaved:
             first, second = x_BHSR[..., 0::2], x_BHSR[..., 1::2]
         else:
             first, second = x_BHSR.chunk(2, dim=-1)
         turned = torch.cat([first * cos_SP - second * sin_SP, second * cos_SP + first * sin_SP], -1)
         return turned.to(x_BHSR.dtype)
+
+
+class OnePassTurn(torch.autograd.Function):
+    """Halves layout through the CPU kernel; the result is contiguous, as products want it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHSR: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
+        y_BHSR = torch.empty_like(x_BHSR, memory_format=torch.contiguous_format)
+        cpu.rotate(x_BHSR, cos_SP, sin_SP, y_BHSR)
+        ctx.save_for_backward(cos_SP, sin_SP)
+        ctx.strides = torch.empty_like(x_BHSR, device="meta").stride()
+        return y_BHSR
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cos_SP, sin_SP = ctx.saved_tensors
+        d_y_BHSR = d_outputs[0]
+        if d_y_BHSR.stride(-1) != 1:
+            d_y_BHSR = d_y_BHSR.contiguous()
+        d_x_BHSR = torch.empty_strided(d_y_BHSR.shape, ctx.strides, dtype=d_y_BHSR.dtype)
+        cpu.rotate(d_y_BHSR, cos_SP, sin_SP, d_x_BHSR, direction=-1.0)
+        return d_x_BHSR, None, None

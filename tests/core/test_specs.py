@@ -25,6 +25,10 @@ MOE = {"num_experts": 4, "expert_width": 8}
         ({"attention": {"window": 8, "window_layers": [2]}}, r"attention.window_layers has \[2\]; layers are 0..1"),
         ({"attention": {"clip": -1}}, r"q_rank and clip must be 0 or more"),
         (
+            {"moe": MOE | {"router": {"rule": "relu", "mean_experts": 9}}},
+            r"mean_experts is 9\.0; it must be at most num_experts = 4",
+        ),
+        (
             {"moe": MOE | {"router": {"rule": "topk", "k": 5}}},
             r"takes 5 experts per token but model.moe.num_experts is 4",
         ),

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moestro.core.specs import RopeSpec
 from moestro.nn.experts import swiglu
 from moestro.nn.kernels import cpu
 from moestro.nn.kernels.causal_attention import causal_attention
 from moestro.nn.kernels.fused_experts import padded_rows
 from moestro.nn.kernels.head_loss import head_loss
+from moestro.nn.rope import Rotary
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=cpu.why_not())
 DTYPES = [torch.float32, torch.bfloat16]
@@ -50,6 +52,34 @@ def test_not_a_number_stays_visible() -> None:
     loss = torch.empty(1)
     cpu.cross_entropy_(logits, torch.tensor([0]), loss, 1.0)
     assert loss.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cut", [False, True])
+def test_turning_equals_torchs_arithmetic(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, cut: bool) -> None:
+    rotary = Rotary(RopeSpec(), 6)
+    x = torch.randn(2, 5, 3, 8 if cut else 6).to(dtype)[..., :6].transpose(1, 2).requires_grad_()
+    angles, d_y = rotary.angles(3, 5), torch.randn(2, 5, 3, 6).to(dtype).transpose(1, 2)
+    mine = rotary(x, angles)
+    (d_mine,) = torch.autograd.grad(mine, x, d_y)
+    monkeypatch.setattr(cpu, "usable", lambda *tensors: False)
+    right = rotary(x, angles)
+    (d_right,) = torch.autograd.grad(right, x, d_y)
+    assert mine.is_contiguous()
+    torch.testing.assert_close(mine, right, **TOLERANCE[dtype])
+    torch.testing.assert_close(d_mine, d_right, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_converting_and_gathering(dtype: torch.dtype) -> None:
+    x = torch.randn(7, 5).to(dtype)
+    out, other = torch.full((4, 5), 9.0).to(dtype), torch.bfloat16 if dtype == torch.float32 else torch.float32
+    cpu.gather(x, torch.tensor([6, 0, 6]), out)
+    assert torch.equal(out, torch.cat([x[[6, 0, 6]], torch.zeros(1, 5).to(dtype)]))
+    large = torch.cat([torch.randn(40_000), torch.tensor([torch.nan, torch.inf, 1 + 2**-8, 3 * 2**-9 + 1])]).to(dtype)
+    converted = torch.empty_like(large, dtype=other)
+    cpu.convert(large, converted)
+    torch.testing.assert_close(converted, large.to(other), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,7 +1,7 @@
 """Causal attention on CPU for short sequences: batched products with one-pass softmax between them.
 
 torch's CPU flash attention spends two thirds of its time in a slow backward pass at the lengths small models train
-on; keeping the weights costs S*S numbers a head and is faster there (benchmarks/attention_cpu.py).
+on; keeping the weights costs S*S numbers a head and is faster there (docs/LOG.md).
 
 Dimension key:  N = B * G matrices   Q = S * H/G queries, the group's heads one after the other   S positions   C width
 """

@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int64_t kSmall = 1 << 14;  // numbers below which waking other threads costs more than they help
+constexpr int64_t kLarge = 1 << 21;  // the same for numbers that are only copied
 
 struct bf16 {
   uint16_t bits;
@@ -217,6 +218,53 @@ void cross_entropy(T* logits, const int64_t* target, float* losses, int64_t rows
   }
 }
 
+// Rows x[b, h, s] and y[b, h, s] of a tensor start at b, h, s times these many numbers.
+struct Strides {
+  int64_t b, h, s;
+};
+
+// Turn each pair (x[p], x[p + pairs]) by the angle of its position: y = (a cos - b sin, b cos + a sin).
+template <class T>
+void rotate(const T* x, Strides xs, const float* cosine, const float* sine, float direction, T* y, Strides ys,
+            int64_t batch, int64_t heads, int64_t positions, int64_t pairs) {
+#pragma omp parallel for collapse(3) schedule(static) if (batch * heads * positions * pairs > kSmall)
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t s = 0; s < positions; s++) {
+        const T* from = x + b * xs.b + h * xs.h + s * xs.s;
+        T* to = y + b * ys.b + h * ys.h + s * ys.s;
+        const float *c = cosine + s * pairs, *i = sine + s * pairs;
+#pragma omp simd
+        for (int64_t p = 0; p < pairs; p++) {
+          float first = load(from[p]), second = load(from[p + pairs]), turn = direction * i[p];
+          store(to + p, first * c[p] - second * turn);
+          store(to + p + pairs, second * c[p] + first * turn);
+        }
+      }
+}
+
+// The same numbers in the other type. On one thread up to kLarge: between two matrix products the other threads sleep,
+// and waking them takes longer than reading a megabyte.
+template <class X, class Y>
+void convert(const X* x, Y* y, int64_t size) {
+#pragma omp parallel for schedule(static) if (size > kLarge)
+  for (int64_t begin = 0; begin < size; begin += kSmall) {
+    const X* __restrict from = x + begin;
+    Y* __restrict to = y + begin;
+    int64_t left = std::min(kSmall, size - begin);
+#pragma omp simd
+    for (int64_t i = 0; i < left; i++) store(to + i, load(from[i]));
+  }
+}
+
+// Rows of x by index, then zeros up to `padded` rows.
+template <class T>
+void gather(const T* x, const int64_t* index, T* out, int64_t rows, int64_t padded, int64_t width) {
+#pragma omp parallel for schedule(static) if (rows * width > kLarge)
+  for (int64_t i = 0; i < rows; i++) std::memcpy(out + i * width, x + index[i] * width, width * sizeof(T));
+  std::memset(static_cast<void*>(out + rows * width), 0, (padded - rows) * width * sizeof(T));
+}
+
 // Counting sort of assignments by expert, stable. expert[i] == experts marks an unused place.
 //   count[e]  rows of expert e      source[n]  the assignment behind sorted row n      slot[i]  its inverse, or -1
 int64_t sort_by_expert(const int64_t* expert, int64_t assignments, int64_t experts, int64_t* count, int64_t* source,
@@ -249,6 +297,13 @@ int64_t sort_by_expert(const int64_t* expert, int64_t assignments, int64_t exper
   void combine_##name(const T* rows, const int64_t* slot, T* y, int64_t t, int64_t k, int64_t d) {                    \
     combine(rows, slot, y, t, k, d);                                                                                  \
   }                                                                                                                   \
+  void gather_##name(const T* x, const int64_t* index, T* out, int64_t n, int64_t padded, int64_t d) {                \
+    gather(x, index, out, n, padded, d);                                                                              \
+  }                                                                                                                   \
+  void rotate_##name(const T* x, int64_t xb, int64_t xh, int64_t xs, const float* c, const float* s, float direction,   \
+                     T* y, int64_t yb, int64_t yh, int64_t ys, int64_t b, int64_t h, int64_t n, int64_t p) {          \
+    rotate(x, {xb, xh, xs}, c, s, direction, y, {yb, yh, ys}, b, h, n, p);                                            \
+  }                                                                                                                   \
   void causal_softmax_##name(T* s, int64_t n, int64_t q, int64_t k, float scale) {                                    \
     causal_softmax(s, n, q, k, scale);                                                                                \
   }                                                                                                                   \
@@ -274,6 +329,8 @@ EXPORT(bf16, bf16)
 EXPORT_NORM(f32_f32, float, float)
 EXPORT_NORM(f32_bf16, float, bf16)
 EXPORT_NORM(bf16_bf16, bf16, bf16)
+void convert_f32_bf16(const float* x, bf16* y, int64_t n) { convert(x, y, n); }
+void convert_bf16_f32(const bf16* x, float* y, int64_t n) { convert(x, y, n); }
 int64_t count_sort(const int64_t* expert, int64_t n, int64_t e, int64_t* count, int64_t* source, int64_t* slot) {
   return sort_by_expert(expert, n, e, count, source, slot);
 }

@@ -112,12 +112,18 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         getattr(loaded, f"swiglu_{name}").argtypes = [pointer] * 3 + [integer] * 2
         getattr(loaded, f"swiglu_backward_{name}").argtypes = [pointer] * 6 + [integer] * 2
         getattr(loaded, f"combine_{name}").argtypes = [pointer] * 3 + [integer] * 3
+        getattr(loaded, f"gather_{name}").argtypes = [pointer] * 3 + [integer] * 3
+        strided = [pointer] + [integer] * 3
+        turn: Any = [pointer, pointer, ctypes.c_float]
+        getattr(loaded, f"rotate_{name}").argtypes = strided + turn + strided + [integer] * 4
         getattr(loaded, f"causal_softmax_{name}").argtypes = [pointer] + [integer] * 3 + [ctypes.c_float]
         getattr(loaded, f"causal_softmax_backward_{name}").argtypes = [pointer] * 2 + [integer] * 3 + [ctypes.c_float]
         getattr(loaded, f"cross_entropy_{name}").argtypes = [pointer] * 3 + [integer] * 2 + [ctypes.c_float]
     for pair in ("f32_f32", "f32_bf16", "bf16_bf16"):
         getattr(loaded, f"rms_norm_{pair}").argtypes = [pointer] * 4 + [integer] * 2 + [ctypes.c_float]
         getattr(loaded, f"rms_norm_backward_{pair}").argtypes = [pointer] * 6 + [integer] * 2
+    for pair in ("f32_bf16", "bf16_f32"):
+        getattr(loaded, f"convert_{pair}").argtypes = [pointer] * 2 + [integer]
     loaded.count_sort.argtypes = [pointer, integer, integer] + [pointer] * 3
     loaded.count_sort.restype = integer
     return loaded
@@ -153,6 +159,18 @@ def combine(rows_ND: Tensor, slot_TK: Tensor) -> Tensor:
     return y_TD
 
 
+def gather(x_TD: Tensor, index_N: Tensor, out_PD: Tensor) -> None:
+    """out[i] = x[index[i]] for the N indices, zeros in the remaining rows."""
+    call = getattr(library(), f"gather_{NAMES[x_TD.dtype]}")
+    call(x_TD.data_ptr(), index_N.data_ptr(), out_PD.data_ptr(), len(index_N), *out_PD.shape)
+
+
+def convert(x: Tensor, y: Tensor) -> None:
+    """y = x, from float32 to bfloat16 or back; both contiguous and of one size."""
+    call = getattr(library(), f"convert_{NAMES[x.dtype]}_{NAMES[y.dtype]}")
+    call(x.data_ptr(), y.data_ptr(), x.numel())
+
+
 def count_sort(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Stable counting sort; returns count_E, source_N (flat place in expert_TK of each sorted row) and slot_TK."""
     count_E = expert_TK.new_empty(num_experts)
@@ -183,6 +201,13 @@ def rms_norm_backward(x_TD: Tensor, scale_D: Tensor, rstd_T: Tensor, d_y_TD: Ten
     tensors = (x_TD, scale_D, rstd_T, d_y_TD, d_x_TD, d_scale_D)
     call(*(tensor.data_ptr() for tensor in tensors), *x_TD.shape)
     return d_x_TD, d_scale_D
+
+
+def rotate(x_BHSR: Tensor, cos_SP: Tensor, sin_SP: Tensor, y_BHSR: Tensor, direction: float = 1.0) -> None:
+    """y = x with every pair turned by its position's angle, or back with direction -1; rows contiguous."""
+    call = getattr(library(), f"rotate_{NAMES[x_BHSR.dtype]}")
+    source, target = ((t.data_ptr(), *t.stride()[:3]) for t in (x_BHSR, y_BHSR))
+    call(*source, cos_SP.data_ptr(), sin_SP.data_ptr(), direction, *target, *x_BHSR.shape[:3], cos_SP.shape[1])
 
 
 def causal_softmax_(score_NQK: Tensor, scale: float) -> None:

@@ -46,7 +46,7 @@ class FusedExperts(torch.autograd.Function):
         gate_up, down = _Slices(gate_up_EDF, x_TD.dtype), _Slices(down_EFD, x_TD.dtype)
         for expert, start, size, padded in spans:
             wide = slice(start, start + padded)
-            _gather(x_TD, token_N, start, size, x_MD[:padded])
+            cpu.gather(x_TD, token_N[start : start + size], x_MD[:padded])
             torch.mm(x_MD[:padded], gate_up[expert], out=gate_up_NF[wide])
             cpu.swiglu(gate_up_NF[start:], weight_N[start:], act_MF[:size])
             torch.mm(act_MF[:padded], down[expert], out=out_ND[wide])
@@ -67,12 +67,12 @@ class FusedExperts(torch.autograd.Function):
         d_gate_up, d_down = _GradientSlices(gate_up_EDF, x_TD.dtype), _GradientSlices(down_EFD, x_TD.dtype)
         for expert, start, size, padded in spans:
             d_act_NF, act_NF = d_act_MF[:padded], act_MF[:padded]
-            _gather(d_y_TD, token_N, start, size, d_MD[:padded])
+            cpu.gather(d_y_TD, token_N[start : start + size], d_MD[:padded])
             torch.mm(d_MD[:padded], down[expert].t(), out=d_act_NF)
             tensors = (gate_up_NF[start:], weight_N[start:], d_act_NF, act_NF[:size], d_gate_up_MF, d_weight_N[start:])
             cpu.swiglu_backward(*tensors)
             d_down.write(expert, act_NF.t(), d_MD[:padded])
-            _gather(x_TD, token_N, start, size, x_MD[:padded])
+            cpu.gather(x_TD, token_N[start : start + size], x_MD[:padded])
             d_gate_up.write(expert, x_MD[:padded].t(), d_gate_up_MF[:padded])
             torch.mm(d_gate_up_MF[:padded], gate_up[expert].t(), out=d_rows_ND[start : start + padded])
         for expert in (order.count_E == 0).nonzero().flatten().tolist():
@@ -115,12 +115,6 @@ def padded_rows(size: int) -> int:
     return -(-size // grain) * grain
 
 
-def _gather(x_TD: Tensor, token_N: Tensor, start: int, size: int, out_PD: Tensor) -> None:
-    """Rows of x for sorted rows start..start + size, zeros after."""
-    torch.index_select(x_TD, 0, token_N[start : start + size], out=out_PD[:size])
-    out_PD[size:].zero_()
-
-
 class _Slices:
     """One expert's weight at a time, in the type of the activations."""
 
@@ -130,7 +124,10 @@ class _Slices:
         self.scratch_IO = None if same else torch.empty_like(weight_EIO[0], dtype=dtype)
 
     def __getitem__(self, expert: int) -> Tensor:
-        return self.weights[expert] if self.scratch_IO is None else self.scratch_IO.copy_(self.weights[expert])
+        if self.scratch_IO is None:
+            return self.weights[expert]
+        cpu.convert(self.weights[expert], self.scratch_IO)
+        return self.scratch_IO
 
 
 class _GradientSlices:
@@ -147,7 +144,7 @@ class _GradientSlices:
         if self.scratch_IO is None:
             torch.mm(left, right, out=self.slices[expert])
         else:
-            self.slices[expert].copy_(torch.mm(left, right, out=self.scratch_IO))
+            cpu.convert(torch.mm(left, right, out=self.scratch_IO), self.slices[expert])
 
 
 def fused_experts(x_TD: Tensor, weight_TK: Tensor, order: Order, gate_up_EDF: Tensor, down_EFD: Tensor) -> Tensor:
