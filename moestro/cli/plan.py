@@ -9,6 +9,7 @@ import typer
 from moestro.core.errors import PlanError
 
 if TYPE_CHECKING:
+    from moestro.plan.columns import Array
     from moestro.plan.goodput import Reliability
     from moestro.plan.search import Found, Question
 
@@ -47,7 +48,7 @@ def plan(
     precision: str = PRECISION,
     software: str = SOFTWARE,
     settings: list[str] = SET,
-    loads: Path = typer.Option(None, help="A load trace: JSON lists of tokens per expert."),
+    loads: Path = typer.Option(None, help="A load trace: a run's loads.trace, or JSON lists of tokens per expert."),
     imbalance: float = typer.Option(0.0, help="Busiest over mean load of expert ranks; 0 takes the profile's."),
     tokens: float = typer.Option(0.0, help="Token budget of the whole run, for example 15e12."),
     profile: Path = PROFILE,
@@ -226,7 +227,6 @@ def _question(
     profile: Path | None,
 ) -> "Question":
     from moestro.cluster.topology import read_cluster
-    from moestro.plan.loads import read_loads
     from moestro.plan.profile import load_profile
     from moestro.plan.search import Question
     from moestro.plan.settings import layout_settings, of_kind
@@ -252,9 +252,19 @@ def _question(
         length=length,
         precision=precision,
         imbalance=imbalance,
-        expert_load=read_loads(loads, int(shape.experts)) if loads else (),
+        load_RE=_loads(loads, int(shape.experts)) if loads else None,
         fixed={"cp": 1, **fixed} if stack.family == "moestro" else fixed,
     )
+
+
+def _loads(path: Path, experts: int) -> "Array":
+    """Of a run's loads.trace, or of a JSON trace."""
+    from moestro.place.loads import read_loads as read_trace
+    from moestro.plan.loads import checked_loads, read_loads
+
+    if path.suffix == ".trace":
+        return checked_loads(read_trace(path)[1], experts, str(path))
+    return read_loads(path, experts)
 
 
 def _reliability(settings: list[str]) -> "Reliability":

@@ -36,7 +36,6 @@ def trials(ranks: int) -> list[Trial]:
         {"width": 128},
         {"width": 384},
         {"num_layers": 2},
-        {"num_layers": 6},
         {"length": 128},
         {"length": 512},
         {"sequences": 16},
@@ -44,7 +43,6 @@ def trials(ranks: int) -> list[Trial]:
         {"expert_width": 768},
         {"micro_batches": 2},
         {"width": 384, "num_layers": 2, "sequences": 4},
-        {"width": 128, "num_experts": 16, "sequences": 16},
     ]
     return [base.changed(**change) for change in changes]
 

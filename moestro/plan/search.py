@@ -15,7 +15,7 @@ import numpy as np
 from moestro.cluster.topology import Cluster
 from moestro.core.errors import PlanError
 from moestro.plan.case import Case
-from moestro.plan.columns import Array, at
+from moestro.plan.columns import Array, Number, at
 from moestro.plan.layout import SCHEDULES, Layout, text_of
 from moestro.plan.loads import imbalance_of_ranks
 from moestro.plan.machine import machine_of, precision_of
@@ -75,8 +75,8 @@ class Question:
     precision: str = "bf16"
     imbalance: float = 0.0
     """Busiest over mean load of expert ranks; 0 takes the profile's."""
-    expert_load: tuple[float, ...] = ()
-    """Load of every expert from a trace; the imbalance of ranks follows for every degree of expert parallelism."""
+    load_RE: Array | None = None
+    """Loads of experts from a trace; the imbalance of ranks follows for every degree of expert parallelism."""
     fixed: dict[str, float] = field(default_factory=dict)
     """Fields of Layout that the user has set."""
 
@@ -107,9 +107,9 @@ class Found:
 def case_of(question: Question, layout: Layout) -> Case:
     """The case of one layout, or of a column of them."""
     effect, _ = effect_and_spread(question.profile, question.stack.effects or question.stack.name, question.kind)
-    imbalance: Array | float = question.imbalance
-    if question.expert_load:
-        imbalance = imbalance_of_ranks(question.expert_load, layout.ep)
+    imbalance: Number = question.imbalance
+    if question.load_RE is not None:
+        imbalance = imbalance_of_ranks(question.load_RE, layout.ep)
     return Case(
         shape=question.shape,
         layout=layout,

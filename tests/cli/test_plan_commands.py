@@ -5,11 +5,13 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moestro.cli.main import main
 from moestro.core.config import build
 from moestro.core.specs import ModelSpec
+from moestro.place.loads import LoadWriter
 
 ROWS = Path(__file__).parents[2] / "benchmarks" / "published_rows.json"
 Run = Callable[..., tuple[int, str, str]]
@@ -133,6 +135,19 @@ def test_an_anchor_moves_its_group(plan: Run, tmp_path: Path) -> None:
     moved = json.loads(plan("predict", str(ROWS), "--anchor", f"{name}={3 * plain[name]['step_s']}")[1])
     assert moved["megatron-sc21-t1-7.5b"]["step_s"] > 2 * plain["megatron-sc21-t1-7.5b"]["step_s"]
     assert moved["mpt-70b-h100-512-s2048"] == plain["mpt-70b-h100-512-s2048"]
+
+
+def test_a_runs_load_trace_slows_the_plan(plan: Run, tmp_path: Path) -> None:
+    writer = LoadWriter(tmp_path / "loads.trace", 1, 8)
+    writer.append(1, np.array([[7, 1, 1, 1, 1, 1, 1, 1]]))
+    writer.close()
+    seconds = []
+    for more in ((), ("--loads", str(tmp_path / "loads.trace"))):
+        seconds.append(json.loads(plan(*SMALL, "--json", *more)[1])["layouts"][0]["step_s"])
+    assert seconds[1] > seconds[0]
+    status, _, error = plan("-m", "qwen3-30b-a3b", "--loads", str(tmp_path / "loads.trace"))
+    assert status == 1
+    assert "loads of 8 experts; the model has 128" in error
 
 
 def test_simulation_of_a_step_and_of_runs(plan: Run, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_faster_network_is_never_slower() -> None:
 
 
 def test_skewed_experts_slow_the_step() -> None:
-    even, skewed = question(expert_load=(1.0,) * 8), question(expert_load=(4.0, 1, 1, 1, 1, 1, 1, 1))
+    even, skewed = question(load_RE=np.ones((1, 8))), question(load_RE=np.array([[4.0, 1, 1, 1, 1, 1, 1, 1]]))
     assert float(search(skewed).steps[0].total_s) > float(search(even).steps[0].total_s)
 
 
