@@ -2,13 +2,14 @@
 # make test    set up, then run the tests            make check   format, lint and types
 # make bench   speed and memory tables               make bench-routing   compare routing rules (hours)
 # make bench-package   speed and size of packages and updates, and a million hostile mutants (an hour; 12 GB of disk)
+# make bench-plan   the planner against published training runs (minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-all check bench bench-package bench-routing env clean
+.PHONY: demo test test-all check bench bench-package bench-plan bench-routing env clean
 
 demo: env
 	$(BIN)/moestro train recipes/demo.toml out=$(OUT)
@@ -34,6 +35,9 @@ bench-package: env
 	$(BIN)/python benchmarks/ship.py runs/bench-ship
 	$(BIN)/python benchmarks/ship_kills.py runs/bench-ship-kills
 	$(BIN)/python tests/package/fuzzing.py --mutants 1000000
+
+bench-plan: env
+	$(BIN)/python benchmarks/plan.py
 
 bench-routing: env
 	$(BIN)/python benchmarks/routing.py

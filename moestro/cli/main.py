@@ -24,6 +24,7 @@ from moestro.cli import (
     inspect_package,
     oci,
     pack,
+    plan,
     pull,
     push,
     report,
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(plan.app, name="plan")
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("evaluate")(evaluate.evaluate)

@@ -22,6 +22,8 @@
     - AccessError        token missing, expired, foreign or without the right
     - RefusalError       the store says no: unknown, exists already, too large, too often
     - TransferError      the network or the other side fails, after all retries
+  - ClusterError         a machine park is described wrongly or incompletely
+  - PlanError            a model cannot be cut, fitted or planned as asked
 """
 
 
@@ -128,3 +130,11 @@ class RefusalError(ShipError):
 
 class TransferError(ShipError):
     """The network or the other side fails, after all retries."""
+
+
+class ClusterError(Error):
+    """A machine park is described wrongly or incompletely."""
+
+
+class PlanError(Error):
+    """A model cannot be cut, fitted or planned as asked."""

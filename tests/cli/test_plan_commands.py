@@ -1,0 +1,184 @@
+"""`moestro plan` as a user types it: tables, JSON, plan.toml, predictions, and one clear line for bad input."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moestro.cli.main import main
+from moestro.core.config import build
+from moestro.core.specs import ModelSpec
+from moestro.place.loads import LoadWriter
+
+ROWS = Path(__file__).parents[2] / "benchmarks" / "published_rows.json"
+Run = Callable[..., tuple[int, str, str]]
+SMALL = ("-m", "mixtral-8x7b", "-n", "16", "-b", "64")
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `moestro plan ...` in this process: exit status, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["moestro", "plan", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as done:
+            status = int(done.code or 0)
+        out, error = capsys.readouterr()
+        return status, out, error
+
+    return run
+
+
+def test_a_plan_is_a_table_with_reasons(plan: Run) -> None:
+    status, out, _ = plan(*SMALL, "--explain", "--tokens", "1e12")
+    assert status == 0
+    for words in (
+        "46.7 G weights",
+        "p10 - p90",
+        "2 loses by",
+        "where the time goes",
+        "experts",
+        "peak",
+        "goodput",
+        "USD",
+    ):
+        assert words in out
+
+
+def test_json_parts_add_up(plan: Run) -> None:
+    _, out, _ = plan(*SMALL, "--json")
+    best = json.loads(out)["layouts"][0]
+    assert sum(best["time_ms"].values()) == pytest.approx(1e3 * best["step_s"], rel=0.01)
+    assert sum(best["memory_parts_gib"].values()) == pytest.approx(best["memory_gib"], rel=0.01)
+    assert best["p10_s"] < best["step_s"] < best["p90_s"]
+
+
+def test_what_if_changes_the_answer(plan: Run) -> None:
+    seconds = []
+    for setting in ("network.host=0.1x", "network.host=1x"):
+        _, out, _ = plan(*SMALL, "--json", "--set", setting)
+        seconds.append(json.loads(out)["layouts"][0]["step_s"])
+    assert seconds[0] > seconds[1]
+
+
+def test_plan_toml_is_a_recipe(plan: Run, tmp_path: Path) -> None:
+    target = tmp_path / "plan.toml"
+    status, out, _ = plan(*SMALL, "-o", str(target), "--chart", str(tmp_path / "plan.svg"))
+    assert status == 0
+    assert f"wrote {target}" in out
+    table = tomllib.loads(target.read_text())
+    build(ModelSpec, table["model"])
+    mesh = table["dist"]
+    assert mesh["pp"] * mesh["dp_replicate"] * mesh["dp_shard"] * mesh["tp"] == 16
+    assert (mesh["dp_shard"] * mesh["tp"]) % mesh["ep"] == 0
+    assert table["train"]["sequences"] == 64
+    assert (tmp_path / "plan.svg").read_text().startswith("<svg")
+
+
+def test_a_recipe_keeps_its_tables(plan: Run, tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "demo.toml"
+    target = tmp_path / "plan.toml"
+    status, _, error = plan(
+        "-m",
+        str(recipe),
+        "-c",
+        "cpu",
+        "-n",
+        "4",
+        "-b",
+        "16",
+        "-l",
+        "256",
+        "--precision",
+        "fp32",
+        "--software",
+        "moestro",
+        "-o",
+        str(target),
+        "--set",
+        "model.vocab_size=4096",
+    )
+    assert status == 0, error
+    before, after = tomllib.loads(recipe.read_text()), tomllib.loads(target.read_text())
+    assert after["optimizer"] == before["optimizer"]
+    assert after["train"]["steps"] == before["train"]["steps"]
+
+
+def test_predictions_of_all_rows(plan: Run, tmp_path: Path) -> None:
+    target = tmp_path / "predictions.json"
+    status, _, _ = plan("predict", str(ROWS), "-o", str(target))
+    assert status == 0
+    found = json.loads(target.read_text())
+    assert len(found) == 376
+    assert all(one["p10_s"] < one["step_s"] < one["p90_s"] and one["memory_gb"] > 0 for one in found.values())
+
+
+def test_rows_without_measurements_are_answered_the_same(plan: Run, tmp_path: Path) -> None:
+    entries = json.loads(ROWS.read_text())["entries"][:12]
+    bare = [{key: value for key, value in entry.items() if key not in ("measured", "derived")} for entry in entries]
+    answers = []
+    for name, table in (("full", entries), ("bare", bare)):
+        (tmp_path / name).write_text(json.dumps({"entries": table}))
+        answers.append(json.loads(plan("predict", str(tmp_path / name))[1]))
+    assert answers[0] == answers[1]
+
+
+def test_an_anchor_moves_its_group(plan: Run, tmp_path: Path) -> None:
+    name = "megatron-sc21-t1-1.7b"
+    plain = json.loads(plan("predict", str(ROWS))[1])
+    moved = json.loads(plan("predict", str(ROWS), "--anchor", f"{name}={3 * plain[name]['step_s']}")[1])
+    assert moved["megatron-sc21-t1-7.5b"]["step_s"] > 2 * plain["megatron-sc21-t1-7.5b"]["step_s"]
+    assert moved["mpt-70b-h100-512-s2048"] == plain["mpt-70b-h100-512-s2048"]
+
+
+def test_a_runs_load_trace_slows_the_plan(plan: Run, tmp_path: Path) -> None:
+    writer = LoadWriter(tmp_path / "loads.trace", 1, 8)
+    writer.append(1, np.array([[7, 1, 1, 1, 1, 1, 1, 1]]))
+    writer.close()
+    seconds = []
+    for more in ((), ("--loads", str(tmp_path / "loads.trace"))):
+        seconds.append(json.loads(plan(*SMALL, "--json", *more)[1])["layouts"][0]["step_s"])
+    assert seconds[1] > seconds[0]
+    status, _, error = plan("-m", "qwen3-30b-a3b", "--loads", str(tmp_path / "loads.trace"))
+    assert status == 1
+    assert "loads of 8 experts; the model has 128" in error
+
+
+def test_simulation_of_a_step_and_of_runs(plan: Run, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    status, out, _ = plan("simulate", *SMALL, "--trace", str(trace), "--tokens", "1e12", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["step_s"] == pytest.approx(found["predicted_step_s"], rel=0.1)
+    assert found["wall_days_p10"] < found["wall_days_p90"]
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--model is missing"),
+        (("-m", "gpt-9"), "gpt-9 is neither a file nor a known name"),
+        ((*SMALL, "--set", "network.moon=2x"), "network.moon is not a level"),
+        ((*SMALL, "--set", "moon=2"), "--set moon=2 is not known"),
+        ((*SMALL, "--set", "layout.tp=many"), "layout.KEY=VALUE"),
+        ((*SMALL, "--set", "layout.tp=3"), "the nearest that works is"),
+        ((*SMALL, "--precision", "int3"), "precision is 'int3'"),
+        ((*SMALL, "--set", "reliability.restart_s=-1"), "reliability.restart_s is -1"),
+        (("-m", "mixtral-8x7b", "-n", "0"), "--devices is 0"),
+        (("predict", "nowhere.json"), "nowhere.json cannot be read"),
+        (("predict", str(ROWS), "--anchor", "x"), "--anchor is 'x'"),
+        (("predict", str(ROWS), "--anchor", "x=1"), "--anchor names x"),
+    ],
+)
+def test_bad_input_gets_one_line(plan: Run, arguments: tuple[str, ...], words: str) -> None:
+    status, _, error = plan(*arguments)
+    assert status == 1
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
