@@ -6,6 +6,9 @@
   - CheckpointError  a checkpoint is damaged, foreign, or cannot be written
   - FamilyError      another project's model cannot be read or written without loss
   - TrainingError    training cannot go on
+  - ClusterError     a machine park is described wrongly or incompletely
+  - PlanError        a model cannot be cut, fitted or planned as asked
+  - PlacementError   experts cannot be placed as asked
 """
 
 
@@ -31,3 +34,15 @@ class FamilyError(Error):
 
 class TrainingError(Error):
     """Training cannot go on."""
+
+
+class ClusterError(Error):
+    """A machine park is described wrongly or incompletely."""
+
+
+class PlanError(Error):
+    """A model cannot be cut, fitted or planned as asked."""
+
+
+class PlacementError(Error):
+    """Experts cannot be placed as asked."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moestro.place.compiled import compiled
-from moestro.place.state import Fixed, Floats, Ints, State, hold, norm, potential, put, take
+from moestro.place.state import MOST_REPLICAS, Fixed, Floats, Ints, State, hold, norm, potential, put, take
 
 
 class Schedule(NamedTuple):
@@ -37,8 +37,8 @@ class Undo(NamedTuple):
     device_G: Floats
     sync_L: Floats
     move_L: Floats
-    share_2AG: Floats
-    replica_2G: Ints
+    share_2AP: Floats
+    replica_2P: Ints
     count_2: Ints
     host_share_2HH: Floats
 
@@ -46,13 +46,14 @@ class Undo(NamedTuple):
 def empty_undo(fixed: Fixed) -> Undo:
     """Room for one move."""
     sources, devices, links, hosts = *fixed.route_AGR.shape[:2], len(fixed.link_cost_L), len(fixed.upper_HHR)
+    most = min(devices, MOST_REPLICAS)
     return Undo(
         link_L=np.zeros(links),
         device_G=np.zeros(devices),
         sync_L=np.zeros(links),
         move_L=np.zeros(links),
-        share_2AG=np.zeros((2, sources, devices)),
-        replica_2G=np.zeros((2, devices), np.int64),
+        share_2AP=np.zeros((2, sources, most)),
+        replica_2P=np.zeros((2, most), np.int64),
         count_2=np.zeros(2, np.int64),
         host_share_2HH=np.zeros((2, hosts, hosts)),
     )
@@ -67,8 +68,8 @@ def drawn(seed_1: Ints, below: int) -> int:
 
 @compiled
 def scale_of(state: State, doublings: int) -> tuple[float, float, int]:
-    """Sizes of both norms, for `put`."""
-    return max(norm(state.link_L, doublings), 1e-30), max(norm(state.device_G, doublings), 1e-30), doublings
+    """One over both norms, for `put`."""
+    return 1.0 / max(norm(state.link_L, doublings), 1e-30), 1.0 / max(norm(state.device_G, doublings), 1e-30), doublings
 
 
 @compiled
@@ -78,11 +79,10 @@ def _remember(state: State, undo: Undo, first: int, second: int, dedup: bool) ->
     undo.sync_L[:] = state.sync_L
     undo.move_L[:] = state.move_L
     for number, expert in enumerate((first, second)):
-        undo.count_2[number] = state.count_E[expert]
-        for place in range(state.count_E[expert]):
-            device = state.replica_EG[expert, place]
-            undo.replica_2G[number, place] = device
-            undo.share_2AG[number, :, device] = state.share_EAG[expert, :, device]
+        count = state.count_E[expert]
+        undo.count_2[number] = count
+        undo.replica_2P[number, :count] = state.replica_EP[expert, :count]
+        undo.share_2AP[number, :, :count] = state.share_EAP[expert, :, :count]
         if dedup:
             undo.host_share_2HH[number] = state.host_share_EHH[expert]
 
@@ -91,14 +91,14 @@ def _remember(state: State, undo: Undo, first: int, second: int, dedup: bool) ->
 def _restore(fixed: Fixed, state: State, undo: Undo, first: int, second: int) -> None:
     for expert in (first, second):  # both leave before either comes back: slots are full
         for place in range(state.count_E[expert] - 1, -1, -1):
-            hold(fixed, state, expert, state.replica_EG[expert, place], -1)
+            hold(fixed, state, expert, state.replica_EP[expert, place], -1)
     for number, expert in enumerate((first, second)):
         if number == 1 and second == first:
             break
-        for place in range(undo.count_2[number]):
-            device = undo.replica_2G[number, place]
-            hold(fixed, state, expert, device, 1)
-            state.share_EAG[expert, :, device] = undo.share_2AG[number, :, device]
+        count = undo.count_2[number]
+        for place in range(count):
+            hold(fixed, state, expert, undo.replica_2P[number, place], 1)
+        state.share_EAP[expert, :, :count] = undo.share_2AP[number, :, :count]
         if fixed.dedup:
             state.host_share_EHH[expert] = undo.host_share_2HH[number]
     state.link_L[:] = undo.link_L
@@ -124,12 +124,12 @@ def _propose(
     here = drawn(seed_1, devices)
     if kind < 8 or state.used_G[here] == 0:
         return drawn(seed_1, len(load_E)), -1, -1, -1, -1, -1
-    mine = state.resident_GP[here, drawn(seed_1, state.used_G[here])]
+    mine = state.resident_GC[here, drawn(seed_1, state.used_G[here])]
     if dropping and kind < 16:
         return (mine, here, -1, -1, -1, -1) if state.count_E[mine] > 1 else (-1, -1, -1, -1, -1, -1)
     if kind < 60:
         entering = _hot_expert(fixed, state, load_E, seed_1)
-        if state.held_EG[entering, here]:
+        if state.held_EG[entering, here] or state.count_E[entering] == state.replica_EP.shape[1]:
             return -1, -1, -1, -1, -1, -1
         if state.used_G[here] < fixed.slot_G[here]:
             return entering, -1, here, -1, -1, -1
@@ -140,7 +140,7 @@ def _propose(
         return -1, -1, -1, -1, -1, -1
     if state.used_G[there] < fixed.slot_G[there]:
         return mine, here, there, -1, -1, -1
-    theirs = state.resident_GP[there, drawn(seed_1, state.used_G[there])]
+    theirs = state.resident_GC[there, drawn(seed_1, state.used_G[there])]
     if state.held_EG[theirs, here]:
         return -1, -1, -1, -1, -1, -1
     return mine, here, there, theirs, there, here
@@ -160,24 +160,23 @@ def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int
             continue
         other = first if second < 0 else second
         _remember(state, undo, first, other, fixed.dedup)
+        new_before = state.new_1[0]
         take(fixed, state, first)
         if other != first:
             take(fixed, state, other)
-        for expert, out, into in ((first, leaves, enters), (second, leaves2, enters2)):
+        for expert, out in ((first, leaves), (second, leaves2)):
             if out >= 0:
                 hold(fixed, state, expert, out, -1)
-        for expert, out, into in ((first, leaves, enters), (second, leaves2, enters2)):
+        for expert, into in ((first, enters), (second, enters2)):
             if into >= 0:
                 hold(fixed, state, expert, into, 1)
-        if other != first and state.count_E[other] < state.count_E[first]:
-            put(fixed, state, other, schedule.portions, scale)
-            put(fixed, state, first, schedule.portions, scale)
-        else:
-            put(fixed, state, first, schedule.portions, scale)
-            if other != first:
-                put(fixed, state, other, schedule.portions, scale)
+        few, many = (other, first) if state.count_E[other] < state.count_E[first] else (first, other)
+        put(fixed, state, few, schedule.portions, scale)
+        if many != few:
+            put(fixed, state, many, schedule.portions, scale)
         found = potential(state, schedule.doublings)
-        if found <= current or drawn(seed_1, 1000000) < 1e6 * exp((current - found) / heat):
+        allowed = state.new_1[0] <= max(fixed.most_new, new_before)
+        if allowed and (found <= current or drawn(seed_1, 1000000) < 1e6 * exp((current - found) / heat)):
             current = found
             scale = scale_of(state, schedule.doublings)
         else:

@@ -1,0 +1,108 @@
+"""Place a layer's experts: which devices hold each, and which share of whose tokens each replica serves.
+
+    Layer -> solve -> Answer(placement, time, bound)
+
+A start (the placement in force, or experts spread over hosts by load) is improved by annealing (`anneal`), each change
+judged by the whole cost, split included: placement and split are chosen together. Called by `moestro place` and, while
+training, by `train.rebalance`. Deterministic: the search is measured in moves, not in seconds.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moestro.place.anneal import Schedule, Undo, anneal, empty_undo, sweep
+from moestro.place.compiled import COMPILED
+from moestro.place.cost import Layer, Placement, StepTime, step_time
+from moestro.place.prepare import NO_LIMIT, fixed_arrays, loaded, placement_of, spread
+from moestro.place.state import Fixed, State, empty_state, potential
+
+DOUBLINGS = 4
+"""Norms with p = 16 while searching."""
+FINE_DOUBLINGS = 6
+"""p = 64 for the last split."""
+WORK = 30_000.0
+"""Microseconds of search on one core of the machine in docs/placement.md."""
+ONLY_PYTHON = 0.02
+"""Share of the search where numba is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A placement and what it is worth."""
+
+    placement: Placement
+    time: StepTime
+    moved: int
+    """Replicas that devices must copy."""
+    freed: int
+    """Replicas of the placement in force that are given up."""
+
+
+def solve(layer: Layer, *, effort: float = 1.0, most_new: int = NO_LIMIT, gentle: bool = False, seed: int = 1) -> Answer:
+    """The best placement found.
+
+    effort    1 is about 30 ms for one layer; the search grows with it
+    most_new  most replicas that may be copied (the byte budget of a move over the bytes of one)
+    gentle    start from the placement in force and stay near it: for a layer that was placed before
+    """
+    fixed = fixed_arrays(layer, most_new)
+    undo = empty_undo(fixed)
+    moves = _moves(fixed, effort)
+    costly = bool(layer.gradient_bytes or layer.state_bytes or layer.sets)
+    hot = 0.001 if gentle else _first_heat(fixed, moves)
+    schedule = Schedule(moves, hot, 0.0005, DOUBLINGS, 4 if len(fixed.token_AE) <= 16 else 2, costly)
+    start_EG = layer.held_EG if gentle or most_new < NO_LIMIT else spread_start(layer)
+    best = _improved(fixed, start_EG, undo, schedule, seed)
+    placement = placement_of(layer, best)
+    moved = int((placement.held_EG & ~layer.held_EG).sum())
+    freed = int((layer.held_EG & ~placement.held_EG).sum())
+    return Answer(placement=placement, time=step_time(layer, placement), moved=moved, freed=freed)
+
+
+def split(layer: Layer, held_EG: NDArray[np.bool_]) -> Placement:
+    """Only the shares, for given holders."""
+    fixed = fixed_arrays(layer)
+    state = loaded(fixed, held_EG)
+    _finish(fixed, state)
+    return placement_of(layer, state)
+
+
+def spread_start(layer: Layer) -> NDArray[np.bool_]:
+    """Experts by load, replicas of one expert on different hosts; a fair start on any network."""
+    held_EG = np.zeros(layer.held_EG.shape, np.uint8)
+    token_E = layer.token_SE.sum(axis=0)
+    spread(token_E, layer.tokens_per_s_G, layer.slot_G.astype(np.int64), layer.links.host_G, held_EG)
+    return held_EG.astype(bool)
+
+
+def _improved(fixed: Fixed, start_EG: NDArray[np.bool_], undo: Undo, schedule: Schedule, seed: int) -> State:
+    state = loaded(fixed, start_EG)
+    sweep(fixed, state, 1, schedule.portions, DOUBLINGS)
+    anneal(fixed, state, undo, schedule, seed)
+    _finish(fixed, state)
+    return state
+
+
+def _finish(fixed: Fixed, state: State) -> None:
+    """Split more finely under sharper norms, as long as the slowest parts gain."""
+    portions = 16 if len(fixed.token_AE) <= 16 else 4
+    sweep(fixed, state, 2, portions, DOUBLINGS)
+    sweep(fixed, state, 2, portions, FINE_DOUBLINGS)
+
+
+def _first_heat(fixed: Fixed, moves: int) -> float:
+    """Bold where there are many moves for each slot, cautious where there are few."""
+    per_slot = moves / max(int(fixed.slot_G.sum()), 1)
+    return float(np.clip(0.03 * (per_slot / 60) ** 1.5, 0.001, 0.03))
+
+
+def _moves(fixed: Fixed, effort: float) -> int:
+    """Moves that the effort allows, from what one costs on this layer (microseconds, measured)."""
+    sources, _, places = fixed.route_AGR.shape
+    one = 0.5 + 0.03 * len(fixed.link_cost_L) + (0.4 if fixed.dedup else 0.26) * sources * places
+    return max(int(effort * WORK / one * (1.0 if COMPILED else ONLY_PYTHON)), 50)
+
+
+__all__ = ["Answer", "empty_state", "potential", "solve", "split", "spread_start"]
