@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moestro.place.anneal import Schedule, Undo, anneal, empty_undo, sweep
 from moestro.place.compiled import COMPILED
 from moestro.place.cost import Layer, Placement, StepTime, step_time
-from moestro.place.prepare import NO_LIMIT, fixed_arrays, loaded, placement_of, spread
+from moestro.place.prepare import NO_LIMIT, SEPARATE, fixed_arrays, loaded, placement_of, spread
 from moestro.place.state import Fixed, State, empty_state, potential
 
 DOUBLINGS = 4
@@ -24,6 +24,8 @@ FINE_DOUBLINGS = 6
 """p = 64 for the last split."""
 WORK = 30_000.0
 """Microseconds of search on one core of the machine in docs/placement.md."""
+LARGE = 400_000
+"""Sources x experts x replicas from which one pass must do."""
 ONLY_PYTHON = 0.02
 """Share of the search where numba is missing."""
 
@@ -36,6 +38,8 @@ class Answer:
     time: StepTime
     moved: int
     """Replicas that devices must copy."""
+    state: State
+    """The search's own arrays: where a bound starts from."""
     freed: int
     """Replicas of the placement in force that are given up."""
 
@@ -52,13 +56,14 @@ def solve(layer: Layer, *, effort: float = 1.0, most_new: int = NO_LIMIT, gentle
     moves = _moves(fixed, effort)
     costly = bool(layer.gradient_bytes or layer.state_bytes or layer.sets)
     hot = 0.001 if gentle else _first_heat(fixed, moves)
-    schedule = Schedule(moves, hot, 0.0005, DOUBLINGS, 4 if len(fixed.token_AE) <= 16 else 2, costly)
+    portions = 4 if len(fixed.token_AE) <= SEPARATE else 1
+    schedule = Schedule(moves, hot, 0.0005, DOUBLINGS, portions, costly)
     start_EG = layer.held_EG if gentle or most_new < NO_LIMIT else spread_start(layer)
     best = _improved(fixed, start_EG, undo, schedule, seed)
     placement = placement_of(layer, best)
     moved = int((placement.held_EG & ~layer.held_EG).sum())
     freed = int((layer.held_EG & ~placement.held_EG).sum())
-    return Answer(placement=placement, time=step_time(layer, placement), moved=moved, freed=freed)
+    return Answer(placement=placement, time=step_time(layer, placement), moved=moved, state=best, freed=freed)
 
 
 def split(layer: Layer, held_EG: NDArray[np.bool_]) -> Placement:
@@ -86,9 +91,12 @@ def _improved(fixed: Fixed, start_EG: NDArray[np.bool_], undo: Undo, schedule: S
 
 
 def _finish(fixed: Fixed, state: State) -> None:
-    """Split more finely under sharper norms, as long as the slowest parts gain."""
-    portions = 16 if len(fixed.token_AE) <= 16 else 4
-    sweep(fixed, state, 2, portions, DOUBLINGS)
+    """Split more finely under sharper norms; large layers only once, every pass over them takes tens of milliseconds."""
+    if fixed.token_AE.size * state.replica_EP.shape[1] > LARGE:
+        sweep(fixed, state, 1, 1, DOUBLINGS)
+        return
+    portions = 16 if len(fixed.token_AE) <= SEPARATE else 3
+    sweep(fixed, state, 1, portions, DOUBLINGS)
     sweep(fixed, state, 2, portions, FINE_DOUBLINGS)
 
 
