@@ -98,13 +98,14 @@ def links_of(cluster: Cluster, devices: int = 0) -> Links:
     unit_lG = _units(cluster, devices)
     total = unit_lG.shape[1]
     table = _Table(total)
+    inner = host_place(cluster)
     for place, level in enumerate(cluster.network):
         below_G = unit_lG[place - 1] if place else np.arange(total)
-        if level.rails and place == 1:
-            _rail_links(table, cluster, level, unit_lG[0], unit_lG[1])
+        if level.rails and place == 1 and inner == 0:
+            _rail_links(table, cluster, level, unit_lG[0])
         elif unit_lG[place].size and len(np.unique(below_G)) > 1:
             _tree_links(table, cluster, level, below_G, place)
-    links = from_routes(table, unit_lG[0])
+    links = from_routes(table, unit_lG[inner])
     crossed = [level.latency_us for place, level in enumerate(cluster.network) if not place or len(set(unit_lG[place - 1])) > 1]
     return replace(
         links,
@@ -112,6 +113,11 @@ def links_of(cluster: Cluster, devices: int = 0) -> Links:
         speed_G=_per_device(cluster, total, "speed", 1.0),
         memory_bytes_G=_per_device(cluster, total, "memory_gib", cluster.device.memory_gib) * 2.0**30,
     )
+
+
+def host_place(cluster: Cluster) -> int:
+    """Which level is the host: the one of that name, else the lowest."""
+    return next((place for place, level in enumerate(cluster.network) if level.name == "host"), 0)
 
 
 class _Table:
@@ -160,11 +166,11 @@ def _tree_links(table: _Table, cluster: Cluster, level: LevelSpec, below_G: Ints
     for unit in range(int(below_G.max()) + 1):
         inside = below_G == unit
         out, into = _rates(cluster, level, unit)
-        table.add(f"{lower}{unit}.out", out * width, place > 0, inside, ~inside)
-        table.add(f"{lower}{unit}.in", into * width, place > 0, ~inside, inside)
+        table.add(f"{lower}{unit}.out", out * width, place > host_place(cluster), inside, ~inside)
+        table.add(f"{lower}{unit}.in", into * width, place > host_place(cluster), ~inside, inside)
 
 
-def _rail_links(table: _Table, cluster: Cluster, level: LevelSpec, host_G: Ints, pod_G: Ints) -> None:
+def _rail_links(table: _Table, cluster: Cluster, level: LevelSpec, host_G: Ints) -> None:
     """One card per device; the detour to the right rail goes through the ports inside the host."""
     rail_G = np.concatenate([np.arange(n) for n in np.bincount(host_G)])
     for device in range(len(host_G)):
@@ -191,25 +197,25 @@ def _rates(cluster: Cluster, level: LevelSpec, unit: int) -> tuple[float, float]
 
 def _units(cluster: Cluster, devices: int) -> Ints:
     """Unit of every level that holds each device, [levels, G], exceptions in fan_out applied."""
-    wanted = devices or (int(cluster.most_devices) if cluster.most_devices < float("inf") else 0)
+    wanted = devices
     if not wanted and cluster.hosts:
-        wanted = len(cluster.hosts) * cluster.network[0].fan_out
+        wanted = len(cluster.hosts) * int(cluster.unit_sizes()[host_place(cluster)])
+    if not wanted and cluster.most_devices < float("inf"):
+        wanted = int(cluster.most_devices)
     if not wanted:
         raise ClusterError(f"{cluster.name} leaves its outermost level open; say how many devices there are")
     rows: list[Ints] = []
-    total = wanted
     for place, level in enumerate(cluster.network):
         lower = int(rows[-1].max()) + 1 if rows else wanted
         unit_B = _filled(cluster, level, place, lower)
-        rows.append(unit_B if not rows else unit_B[rows[-1]])
-        if place == 0:
-            total = len(rows[0])
-    top = rows[-1]
-    held = total if not devices else devices
-    if len(np.unique(top)) > 1:
-        room = int((top == 0).sum())
-        raise ClusterError(f"{cluster.name} has {room} devices, {held} are asked for; raise network.{cluster.network[-1].name}.fan_out")
-    _check_exceptions(cluster, rows, total)
+        rows.append(unit_B[rows[-1]] if rows else unit_B)
+    room = int((rows[-1] == 0).sum())
+    if room < wanted and devices:
+        raise ClusterError(
+            f"{cluster.name} has {room} devices, {wanted} are asked for; raise network.{cluster.network[-1].name}.fan_out"
+        )
+    rows, wanted = [row[:room] for row in rows], room
+    _check_exceptions(cluster, rows, wanted)
     return np.array(rows)
 
 
@@ -244,13 +250,13 @@ def _check_exceptions(cluster: Cluster, rows: list[Ints], total: int) -> None:
 def _per_device(cluster: Cluster, total: int, key: str, usual: float) -> Floats:
     """A figure of every device; exceptions on the lowest level name devices, on the next one whole hosts."""
     value_G = np.full(total, usual)
-    host_G = _units(cluster, total)[0]
+    host_G = _units(cluster, total)[host_place(cluster)]
     for spec in cluster.exception:
         value = getattr(spec, key)
         if value is None:
             continue
         place = [level.name for level in cluster.network].index(spec.level)
-        if place > 1:
+        if place > host_place(cluster) + 1:
             raise ClusterError(f"exception.{key} is given for {spec.level}; give it for devices or for whole hosts")
         value_G[np.isin(host_G if place else np.arange(total), spec.units)] = value
     return value_G
