@@ -11,7 +11,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from moestro import __version__
-from moestro.cli import cluster, doctor, evaluate, export_model, generate, import_model, report, resume, train
+from moestro.cli import cluster, doctor, evaluate, export_model, generate, import_model, loads, place, report, resume, train
 from moestro.core.errors import Error
 
 app = typer.Typer(
@@ -28,7 +28,9 @@ app.command("report")(report.report)
 app.command("import")(import_model.import_model)
 app.command("export")(export_model.export_model)
 app.command("doctor")(doctor.doctor)
+app.command("place")(place.place)
 app.add_typer(cluster.app, name="cluster")
+app.add_typer(loads.app, name="loads")
 
 
 def show_version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from moestro.cluster.links import Links, links_of
+from moestro.cluster.links import Links, host_place, links_of
 from moestro.cluster.topology import Cluster
 
 MOST_LINES = 60
@@ -50,7 +50,8 @@ def _table(cluster: Cluster) -> Iterator[str]:
 
 def _tree(cluster: Cluster, links: Links) -> list[str]:
     """Hosts in order, runs of equal ones drawn once."""
-    hosts = [_host_text(links, host) for host in range(links.hosts)]
+    inner = cluster.network[host_place(cluster)].name
+    hosts = [_host_text(links, host, inner) for host in range(links.hosts)]
     names = list(cluster.hosts) or [f"host{host}" for host in range(links.hosts)]
     lines = [f"{cluster.network[-1].name}"]
     number = 0
@@ -65,10 +66,10 @@ def _tree(cluster: Cluster, links: Links) -> list[str]:
     return lines
 
 
-def _host_text(links: Links, host: int) -> str:
+def _host_text(links: Links, host: int, level: str) -> str:
     mine = np.flatnonzero(links.host_G == host)
-    uses_L = {int(link) for link in links.route_GGR[mine].ravel() if link >= 0 and links.above_L[link]}
-    own = [link for link in uses_L if (links.route_GGR[links.host_G != host] != link).all()]
+    ours = {f"{level}{host}.out", *(f"card{device}.out" for device in mine)}
+    own = [link for link, name in enumerate(links.names) if name in ours]
     speed_G = links.speed_G[mine] if links.speed_G.size else np.ones(len(mine))
     slow = "" if (speed_G == 1).all() else f"  speed {', '.join(f'{s:g}' for s in sorted(set(speed_G)))}"
     out = sum(links.bytes_per_s_L[link] for link in own) / 1e9

@@ -190,8 +190,10 @@ def _rates(cluster: Cluster, level: LevelSpec, unit: int) -> tuple[float, float]
     out = into = level.gb_per_s
     for spec in cluster.exception:
         if spec.level == level.name and unit in spec.units:
-            out = into = out if spec.gb_per_s is None else spec.gb_per_s
-            into = into if spec.gb_per_s_in is None else spec.gb_per_s_in
+            if spec.gb_per_s is not None:
+                out = into = spec.gb_per_s
+            if spec.gb_per_s_in is not None:
+                into = spec.gb_per_s_in
     return out, into
 
 

@@ -151,7 +151,7 @@ def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int
     """Improve `state` in place; returns its potential in seconds."""
     seed_1 = np.array([seed])
     load_E = fixed.token_AE.sum(0)
-    current = potential(state, schedule.doublings)
+    current = potential(fixed, state, schedule.doublings)
     scale = scale_of(state, schedule.doublings)
     for move in range(schedule.moves):
         heat = current * schedule.hot * (schedule.cold / schedule.hot) ** (move / schedule.moves)
@@ -174,7 +174,7 @@ def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int
         put(fixed, state, few, schedule.portions, scale)
         if many != few:
             put(fixed, state, many, schedule.portions, scale)
-        found = potential(state, schedule.doublings)
+        found = potential(fixed, state, schedule.doublings)
         allowed = state.new_1[0] <= max(fixed.most_new, new_before)
         if allowed and (found <= current or drawn(seed_1, 1000000) < 1e6 * exp((current - found) / heat)):
             current = found

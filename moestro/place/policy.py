@@ -13,6 +13,8 @@ from enum import StrEnum
 HALF = 0.5
 """Relative change of the loads at which a placement counts as outlived."""
 LONGEST_STEPS = 2000.0
+LEAST_GAIN = 0.01
+"""Share of the step below which nothing is moved."""
 
 
 class Reason(StrEnum):
@@ -46,7 +48,7 @@ def life_steps(*, drift: float, interval_steps: float, watched_steps: float, lef
 
 
 def decide(
-    *, now_s: float, planned_s: float, move_s: float, life: float, error: float, margin: float = 1.0
+    *, now_s: float, planned_s: float, move_s: float, life: float, error: float, margin: float = 1.5
 ) -> Verdict:
     """Move or stay.
 
@@ -59,7 +61,7 @@ def decide(
     """
     gain_s = (now_s - planned_s) * (1.0 - min(error / 2, 1.0))
     saved_s = gain_s * life
-    if now_s - planned_s <= 1e-3 * now_s:
+    if now_s - planned_s <= LEAST_GAIN * now_s:
         reason = Reason.SAME
     elif gain_s <= 0:
         reason = Reason.UNSURE

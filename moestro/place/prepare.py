@@ -29,8 +29,11 @@ def group_sources(links: Links) -> Ints:
     return np.arange(links.devices) if links.devices <= SEPARATE else links.host_G
 
 
-def fixed_arrays(layer: Layer, most_new: int = NO_LIMIT) -> Fixed:
-    """Everything a search reads."""
+def fixed_arrays(layer: Layer, most_new: int = NO_LIMIT, serial: bool = False) -> Fixed:
+    """Everything a search reads.
+
+    serial  charge every copied replica as if copies went one after another over the thinnest link
+    """
     links = layer.links
     group_S = group_sources(links)
     token_AE = np.zeros((int(group_S.max()) + 1, layer.token_SE.shape[1]))
@@ -64,6 +67,7 @@ def fixed_arrays(layer: Layer, most_new: int = NO_LIMIT) -> Fixed:
         type_token_T=token_T,
         dedup=bool(layer.sets),
         most_new=most_new,
+        new_cost=layer.state_bytes / layer.horizon_steps / float(rate_L.min()) if serial else 0.0,
     )
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from moestro.place.cost import Layer, Placement, move_bytes, step_time
 from moestro.place.policy import Verdict, decide, life_steps
 from moestro.place.predict import Predictor
+from moestro.place.prepare import NO_LIMIT
 from moestro.place.solve import solve, split
 
 Floats = NDArray[np.float64]
@@ -100,7 +101,9 @@ class Gated:
     total_steps: int
     budget_share: float = 0.15
     """Most slots that one plan may copy."""
-    effort: float = 0.3
+    afresh_every: int = 25
+    """Samples between searches that may move everything."""
+    effort: float = 0.5
     predictor: Predictor | None = None
     verdicts: list[Verdict] = field(default_factory=list)
 
@@ -121,17 +124,23 @@ class Gated:
         )
         expected = replace(layer, token_SE=token_SE, horizon_steps=max(life, 1.0))
         stay = split(expected, layer.held_EG)
-        most_new = max(int(self.budget_share * layer.slot_G.sum()), 1)
-        answer = solve(expected, effort=self.effort, gentle=True, most_new=most_new, seed=sample + 1)
-        moving_s = answer.time.move_s * expected.horizon_steps
-        verdict = decide(
-            now_s=step_time(expected, stay).total_s,
-            planned_s=answer.time.total_s - answer.time.move_s,
-            move_s=moving_s,
-            life=life,
-            error=float(error_L[0]),
-        )
-        self.verdicts.append(verdict)
-        return answer.placement if verdict.move else stay
+        now_s = step_time(expected, stay).total_s
+        best, chosen = stay, 0.0
+        for most_new in self._budgets(layer, sample):
+            answer = solve(expected, effort=self.effort, gentle=most_new is not None, most_new=most_new or NO_LIMIT)
+            verdict = decide(
+                now_s=now_s,
+                planned_s=answer.time.total_s - answer.time.move_s,
+                move_s=answer.time.move_s * expected.horizon_steps,
+                life=life,
+                error=float(error_L[0]),
+            )
+            self.verdicts.append(verdict)
+            if verdict.move and verdict.saved_s - verdict.cost_s > chosen:
+                best, chosen = answer.placement, verdict.saved_s - verdict.cost_s
+        return best
 
-
+    def _budgets(self, layer: Layer, sample: int) -> list[int | None]:
+        """A few replicas every time; now and then, and at first, a search without limit."""
+        few: int | None = max(int(self.budget_share * layer.slot_G.sum()), 1)
+        return [few, None] if sample % self.afresh_every == 0 else [few]

@@ -53,7 +53,7 @@ def solve(layer: Layer, *, effort: float = 1.0, most_new: int = NO_LIMIT, gentle
     most_new  most replicas that may be copied (the byte budget of a move over the bytes of one)
     gentle    start from the placement in force and stay near it: for a layer that was placed before
     """
-    fixed = fixed_arrays(layer, most_new)
+    fixed = fixed_arrays(layer, most_new, serial=gentle)
     near = gentle or most_new < NO_LIMIT
     best = _searched(fixed, layer.held_EG if near else spread_start(layer), _plan(layer, fixed, effort, gentle), seed)
     placement = placement_of(layer, best)

@@ -59,6 +59,8 @@ class Fixed(NamedTuple):
     dedup: bool
     most_new: int
     """Replicas that may be copied to devices that do not hold them."""
+    new_cost: float
+    """Seconds of a step for each of them beside its bytes on links: what keeps a replan from idle changes."""
 
 
 class State(NamedTuple):
@@ -133,9 +135,10 @@ def norm(load_N: Floats, doublings: int) -> float:
 
 
 @compiled
-def potential(state: State, doublings: int) -> float:
+def potential(fixed: Fixed, state: State, doublings: int) -> float:
     """Step time with p-norms for maxima, latency left out."""
     time_s = norm(state.link_L, doublings) + norm(state.device_G, doublings)
+    time_s += state.new_1[0] * fixed.new_cost
     return time_s + norm(state.sync_L, doublings) + norm(state.move_L, doublings)
 
 
