@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from moestro import __version__
 from moestro.cli import (
     apply,
+    cluster,
     collect_garbage,
     diff,
     doctor,
@@ -22,8 +23,10 @@ from moestro.cli import (
     generate,
     import_model,
     inspect_package,
+    loads,
     oci,
     pack,
+    place,
     plan,
     pull,
     push,
@@ -74,6 +77,9 @@ app.command("rollback")(update.rollback)
 app.command("watch")(update.watch)
 app.add_typer(token.app, name="token")
 app.command("doctor")(doctor.doctor)
+app.command("place")(place.place)
+app.add_typer(cluster.app, name="cluster")
+app.add_typer(loads.app, name="loads")
 
 
 def show_version(wanted: bool) -> None:

@@ -86,6 +86,8 @@ class LevelSpec:
     quarter of the bandwidth below."""
     latency_us: float = 5.0
     """Of one small message; some 5 between hosts."""
+    rails: bool = False
+    """Device i of every unit below sits on switch i; another rail is reached through the own host's device on it."""
 
     def __post_init__(self) -> None:
         if self.gb_per_s is None:
@@ -111,6 +113,34 @@ class LevelSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExceptionSpec:
+    """Links, units or devices of a level that differ from the rest of it."""
+
+    __pydantic_config__ = STRICT
+    level: str
+    units: tuple[int, ...]
+    """Which units of the level below, counted over the whole park from 0: hosts on the level that joins hosts, devices on
+    the lowest."""
+    gb_per_s: float | None = None
+    """Of their links out into this level; None leaves it."""
+    gb_per_s_in: float | None = None
+    """Of their links in, where that differs."""
+    fan_out: int | None = None
+    """Devices or units that each of them holds: a host with fewer devices."""
+    speed: float | None = None
+    """Compute of their devices beside the cluster's device; 0.5 is half as fast."""
+    memory_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gb_per_s", "gb_per_s_in", "fan_out", "speed", "memory_gib"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ClusterError(
+                    f"exception.{name} of {self.level} {list(self.units)} is {value}; it must be above 0"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
     """Devices and the network between them, levels from inside out."""
 
@@ -120,6 +150,10 @@ class Cluster:
     network: tuple[LevelSpec, ...]
     source: str = ""
     """Where the numbers come from."""
+    exception: tuple[ExceptionSpec, ...] = ()
+    """What differs from the levels' general figures: one slow card, a host of fewer devices, slower devices."""
+    hosts: tuple[str, ...] = ()
+    """Names of the hosts in rank order, where known."""
 
     def __post_init__(self) -> None:
         if not self.network:
@@ -130,6 +164,9 @@ class Cluster:
         open_levels = [level.name for level in self.network[:-1] if not level.fan_out]
         if open_levels:
             raise ClusterError(f"network.{open_levels[0]}.fan_out is 0; only the outermost level may leave it open")
+        unknown = [spec.level for spec in self.exception if spec.level not in names]
+        if unknown:
+            raise ClusterError(f"exception.level is {unknown[0]!r}; the network's levels are {', '.join(names)}")
 
     @property
     def most_devices(self) -> float:

@@ -24,6 +24,7 @@
     - TransferError      the network or the other side fails, after all retries
   - ClusterError         a machine park is described wrongly or incompletely
   - PlanError            a model cannot be cut, fitted or planned as asked
+  - PlacementError       experts cannot be placed as asked
 """
 
 
@@ -138,3 +139,7 @@ class ClusterError(Error):
 
 class PlanError(Error):
     """A model cannot be cut, fitted or planned as asked."""
+
+
+class PlacementError(Error):
+    """Experts cannot be placed as asked."""

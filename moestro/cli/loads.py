@@ -1,0 +1,39 @@
+"""`moestro loads show`: what experts were given to do, over time."""
+
+import json
+from pathlib import Path
+
+import typer
+
+app = typer.Typer(help="Look at recorded expert loads.", no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """Look at recorded expert loads."""
+
+
+@app.command("show")
+def show(
+    trace: Path = typer.Argument(help="A run's loads.trace."),
+    layer: int = typer.Option(0, "--layer", help="Which layer to draw."),
+    svg: Path | None = typer.Option(None, "--svg", help="Draw all layers into this file."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Heat map of loads over time, with drift and how well they can be predicted."""
+    from moestro.core.charts import standalone_svg
+    from moestro.core.files import write_text
+    from moestro.place.heat import heat_charts, heat_lines, over_mean_EB, summary_lines
+    from moestro.place.loads import read_trace
+
+    loads = read_trace(trace)
+    lines = heat_lines(loads, layer)
+    if svg is not None:
+        write_text(svg, standalone_svg(*heat_charts(loads)))
+    if as_json:
+        over_EB = over_mean_EB(loads, layer)
+        print(json.dumps({"layer": layer, "steps": loads.step_N.tolist(), "over_mean": over_EB.round(4).tolist()}))
+        return
+    print("\n".join([*lines, "", *summary_lines(loads)]))
+    if svg is not None:
+        print(f"\nwritten: {svg}")

@@ -1,0 +1,195 @@
+"""Search placements by small changes: exchange a replica, swap two, add, drop; keep what helps, and at first some that does not.
+
+    state -> anneal -> the same state, better
+
+Simulated annealing (Kirkpatrick et al. 1983) with a number of moves, not a clock, and a random generator of its own: the
+same input gives the same answer on every machine. Each move takes the flows of the one or two experts it touches out,
+changes their replicas and splits them anew (`state.put`); a refused move is undone from a copy.
+"""
+
+from math import exp
+from typing import NamedTuple
+
+import numpy as np
+
+from moestro.place.compiled import compiled
+from moestro.place.state import MOST_REPLICAS, Fixed, Floats, Ints, State, hold, norm, potential, put, take
+
+
+class Schedule(NamedTuple):
+    """How long and how boldly to search."""
+
+    moves: int
+    hot: float
+    """First temperature, as a share of the step time."""
+    cold: float
+    doublings: int
+    """Norms with p = 2 ** doublings stand for maxima."""
+    portions: int
+    dropping: bool
+    """Whether fewer replicas may be better: gradients, copies or shared tokens cost something."""
+
+
+class Undo(NamedTuple):
+    """What one move may change, before it."""
+
+    link_L: Floats
+    device_G: Floats
+    sync_L: Floats
+    move_L: Floats
+    share_2AP: Floats
+    replica_2P: Ints
+    count_2: Ints
+    host_share_2HH: Floats
+
+
+def empty_undo(fixed: Fixed) -> Undo:
+    """Room for one move."""
+    sources, devices, links, hosts = *fixed.route_AGR.shape[:2], len(fixed.link_cost_L), len(fixed.upper_HHR)
+    most = min(devices, MOST_REPLICAS)
+    return Undo(
+        link_L=np.zeros(links),
+        device_G=np.zeros(devices),
+        sync_L=np.zeros(links),
+        move_L=np.zeros(links),
+        share_2AP=np.zeros((2, sources, most)),
+        replica_2P=np.zeros((2, most), np.int64),
+        count_2=np.zeros(2, np.int64),
+        host_share_2HH=np.zeros((2, hosts, hosts)),
+    )
+
+
+@compiled
+def drawn(seed_1: Ints, below: int) -> int:
+    """A whole number in 0..below-1 (Park and Miller's minimal standard generator)."""
+    seed_1[0] = seed_1[0] * 16807 % 2147483647
+    return seed_1[0] % below
+
+
+@compiled
+def scale_of(state: State, doublings: int) -> tuple[float, float, int]:
+    """One over both norms, for `put`."""
+    return 1.0 / max(norm(state.link_L, doublings), 1e-30), 1.0 / max(norm(state.device_G, doublings), 1e-30), doublings
+
+
+@compiled
+def _remember(state: State, undo: Undo, first: int, second: int, dedup: bool) -> None:
+    undo.link_L[:] = state.link_L
+    undo.device_G[:] = state.device_G
+    undo.sync_L[:] = state.sync_L
+    undo.move_L[:] = state.move_L
+    for number, expert in enumerate((first, second)):
+        count = state.count_E[expert]
+        undo.count_2[number] = count
+        undo.replica_2P[number, :count] = state.replica_EP[expert, :count]
+        undo.share_2AP[number, :, :count] = state.share_EAP[expert, :, :count]
+        if dedup:
+            undo.host_share_2HH[number] = state.host_share_EHH[expert]
+
+
+@compiled
+def _restore(fixed: Fixed, state: State, undo: Undo, first: int, second: int) -> None:
+    for expert in (first, second):  # both leave before either comes back: slots are full
+        for place in range(state.count_E[expert] - 1, -1, -1):
+            hold(fixed, state, expert, state.replica_EP[expert, place], -1)
+    for number, expert in enumerate((first, second)):
+        if number == 1 and second == first:
+            break
+        count = undo.count_2[number]
+        for place in range(count):
+            hold(fixed, state, expert, undo.replica_2P[number, place], 1)
+        state.share_EAP[expert, :, :count] = undo.share_2AP[number, :, :count]
+        if fixed.dedup:
+            state.host_share_EHH[expert] = undo.host_share_2HH[number]
+    state.link_L[:] = undo.link_L
+    state.device_G[:] = undo.device_G
+    state.sync_L[:] = undo.sync_L
+    state.move_L[:] = undo.move_L
+
+
+@compiled
+def _hot_expert(fixed: Fixed, state: State, load_E: Floats, seed_1: Ints) -> int:
+    """One of two drawn experts, the one with more tokens per replica."""
+    one, two = drawn(seed_1, len(load_E)), drawn(seed_1, len(load_E))
+    return one if load_E[one] * state.count_E[two] >= load_E[two] * state.count_E[one] else two
+
+
+@compiled
+def _propose(
+    fixed: Fixed, state: State, load_E: Floats, seed_1: Ints, dropping: bool
+) -> tuple[int, int, int, int, int, int]:
+    """(first, leaves, enters, second, leaves, enters): up to two experts and the devices they leave and enter, -1 none."""
+    devices = len(fixed.slot_G)
+    kind = drawn(seed_1, 100)
+    here = drawn(seed_1, devices)
+    if kind < 8 or state.used_G[here] == 0:
+        return drawn(seed_1, len(load_E)), -1, -1, -1, -1, -1
+    mine = state.resident_GC[here, drawn(seed_1, state.used_G[here])]
+    if dropping and kind < 16:
+        return (mine, here, -1, -1, -1, -1) if state.count_E[mine] > 1 else (-1, -1, -1, -1, -1, -1)
+    if kind < 60:
+        entering = _hot_expert(fixed, state, load_E, seed_1)
+        if state.held_EG[entering, here] or state.count_E[entering] == state.replica_EP.shape[1]:
+            return -1, -1, -1, -1, -1, -1
+        if state.used_G[here] < fixed.slot_G[here]:
+            return entering, -1, here, -1, -1, -1
+        if state.count_E[mine] > 1:
+            return mine, here, -1, entering, -1, here
+    there = drawn(seed_1, devices)
+    if there == here or state.held_EG[mine, there]:
+        return -1, -1, -1, -1, -1, -1
+    if state.used_G[there] < fixed.slot_G[there]:
+        return mine, here, there, -1, -1, -1
+    theirs = state.resident_GC[there, drawn(seed_1, state.used_G[there])]
+    if state.held_EG[theirs, here]:
+        return -1, -1, -1, -1, -1, -1
+    return mine, here, there, theirs, there, here
+
+
+@compiled
+def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int) -> float:
+    """Improve `state` in place; returns its potential in seconds."""
+    seed_1 = np.array([seed])
+    load_E = fixed.token_AE.sum(0)
+    current = potential(fixed, state, schedule.doublings)
+    scale = scale_of(state, schedule.doublings)
+    for move in range(schedule.moves):
+        heat = current * schedule.hot * (schedule.cold / schedule.hot) ** (move / schedule.moves)
+        first, leaves, enters, second, leaves2, enters2 = _propose(fixed, state, load_E, seed_1, schedule.dropping)
+        if first < 0:
+            continue
+        other = first if second < 0 else second
+        _remember(state, undo, first, other, fixed.dedup)
+        new_before = state.new_1[0]
+        take(fixed, state, first)
+        if other != first:
+            take(fixed, state, other)
+        for expert, out in ((first, leaves), (second, leaves2)):
+            if out >= 0:
+                hold(fixed, state, expert, out, -1)
+        for expert, into in ((first, enters), (second, enters2)):
+            if into >= 0:
+                hold(fixed, state, expert, into, 1)
+        few, many = (other, first) if state.count_E[other] < state.count_E[first] else (first, other)
+        put(fixed, state, few, schedule.portions, scale)
+        if many != few:
+            put(fixed, state, many, schedule.portions, scale)
+        found = potential(fixed, state, schedule.doublings)
+        allowed = state.new_1[0] <= max(fixed.most_new, new_before)
+        if allowed and (found <= current or drawn(seed_1, 1000000) < 1e6 * exp((current - found) / heat)):
+            current = found
+            scale = scale_of(state, schedule.doublings)
+        else:
+            _restore(fixed, state, undo, first, other)
+    return current
+
+
+@compiled
+def sweep(fixed: Fixed, state: State, times: int, portions: int, doublings: int) -> None:
+    """Split every expert anew against all others, the hottest first."""
+    order_E = np.argsort(-fixed.token_AE.sum(0), kind="mergesort")
+    for _ in range(times):
+        for expert in order_E:
+            scale = scale_of(state, doublings)
+            take(fixed, state, expert)
+            put(fixed, state, expert, portions, scale)

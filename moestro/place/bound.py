@@ -1,0 +1,277 @@
+"""What no placement can beat, and the exact optimum of small layers.
+
+    quick_bound       closed form: all devices' compute, and what full hosts must import
+    dual_bound        prices on links, devices and slots; each expert chooses its best set of holders (up to 8 devices)
+    relaxed_bound     linear programme: experts may be held in part (HiGHS)
+    exact             the same with whole replicas: branch and bound (HiGHS), for small layers
+
+`dual_bound` is Lagrangian: for any prices it is a bound, and since experts choose whole sets of holders it can pass the
+linear programme's (Geoffrion 1974). Prices follow the loads by multiplicative weights. In all of these a host's devices
+taken together as one source, and links that only part of a group uses are left out, which only lowers the bound.
+
+Dimension key:  A sources   E experts   G devices   L links   S sets of devices   T token types   H hosts
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moestro.place.compiled import compiled
+from moestro.place.cost import Bools, Layer
+from moestro.place.prepare import fixed_arrays
+from moestro.place.state import Fixed, Floats, State
+
+FEW = 8
+"""Most devices whose subsets are enumerated."""
+
+
+def quick_bound(layer: Layer) -> float:
+    """Seconds: compute shared evenly, plus tokens that hosts cannot serve themselves over their links."""
+    compute_s = layer.passes * layer.token_SE.sum() / layer.tokens_per_s_G.sum()
+    exchange_s = 0.0
+    links = layer.links
+    if not layer.sets and links.hosts > 1:
+        host_G, route_GGR = links.host_G, links.route_GGR
+        for host in range(links.hosts):
+            mine = host_G == host
+            used_L = np.unique(route_GGR[np.ix_(mine, ~mine)])
+            out_L = [link for link in used_L if link >= 0 and links.above_L[link] and _leaves(layer, int(link), mine)]
+            token_E = np.sort(layer.token_SE[mine].sum(axis=0))[::-1]
+            left = token_E[int(layer.slot_G[mine].sum()) :].sum() * layer.token_bytes
+            if out_L:
+                exchange_s = max(exchange_s, layer.exchanges * left / links.bytes_per_s_L[out_L].sum())
+    return float(compute_s + exchange_s + layer.latency_s)
+
+
+def _leaves(layer: Layer, link: int, mine: Bools) -> bool:
+    """Whether a link carries only what leaves this host, and is its first one above."""
+    uses_GG = (layer.links.route_GGR == link).any(axis=2)
+    return not uses_GG[~mine].any()
+
+
+def dual_bound(layer: Layer, state: State | None = None, rounds: int = 250) -> float:
+    """Seconds; the best of `rounds` rounds of prices, started from the loads of `state`. At least `quick_bound`."""
+    quick_s = quick_bound(layer)
+    if layer.links.devices > FEW:
+        return quick_s
+    fixed = fixed_arrays(layer)
+    links, devices = len(fixed.link_cost_L), len(fixed.slot_G)
+    price_L, price_G = np.ones(links), np.ones(devices)
+    if state is not None:
+        price_L = (state.link_L / max(state.link_L.max(), 1e-30)) ** 15 + 1e-4
+        price_G = (state.device_G / max(state.device_G.max(), 1e-30)) ** 15 + 1e-2
+    best = 0.0
+    for pace in (0.3, 1.0):
+        best = max(best, _ascend(fixed, _shared_copies(fixed), price_L.copy(), price_G.copy(), rounds, pace))
+    return max(quick_s, best + layer.latency_s)
+
+
+def _shared_copies(fixed: Fixed) -> Floats:
+    """part_EH: what a token of host H for an expert costs above hosts when its set's experts share the copy equally."""
+    experts, hosts = fixed.type_start_EH.shape
+    part_EH = np.ones((experts, hosts))
+    if not fixed.dedup:
+        return part_EH
+    size_T = (fixed.type_expert_TK >= 0).sum(axis=1)
+    for expert in range(experts):
+        for host in range(hosts):
+            kinds = fixed.type_of_X[fixed.type_start_EH[expert, host] : fixed.type_stop_EH[expert, host]]
+            token_N = fixed.type_token_T[kinds]
+            part_EH[expert, host] = (token_N / size_T[kinds]).sum() / max(token_N.sum(), 1e-300)
+    return part_EH
+
+
+@compiled
+def _ascend(fixed: Fixed, part_EH: Floats, price_L: Floats, price_G: Floats, rounds: int, pace: float) -> float:
+    """Follow the loads that cheapest answers to the prices make; returns the best dual value."""
+    experts, devices = fixed.nearest_EG.shape
+    links = len(price_L)
+    sync_price_L, move_price_L, slot_price_G = np.ones(links), np.ones(links), np.zeros(devices)
+    load_L, load_G = np.zeros(links), np.zeros(devices)
+    sync_L, move_L, used_G = np.zeros(links), np.zeros(links), np.zeros(devices)
+    best = 0.0
+    for turn in range(rounds):
+        price_L /= price_L.sum()
+        price_G /= price_G.sum()
+        sync_price_L /= sync_price_L.sum()
+        move_price_L /= move_price_L.sum()
+        for load_N in (load_L, load_G, sync_L, move_L, used_G):
+            load_N[:] = 0.0
+        value = -(slot_price_G * fixed.slot_G).sum()
+        for expert in range(experts):
+            hold_G = slot_price_G + _hold_cost(fixed, expert, sync_price_L, move_price_L)
+            cost_AG = _serve_cost(fixed, part_EH, expert, price_L, price_G)
+            chosen, cost = _best_set(fixed.token_AE[:, expert], cost_AG, hold_G)
+            value += cost
+            _answer(fixed, part_EH, expert, chosen, cost_AG, load_L, load_G, sync_L, move_L, used_G)
+        best = max(best, value)
+        step = pace / (1.0 + 0.03 * turn)
+        for price_N, load_N in ((price_L, load_L), (price_G, load_G), (sync_price_L, sync_L), (move_price_L, move_L)):
+            top = load_N.max()
+            if top > 0.0:
+                price_N *= np.exp(step * (load_N / top - 1.0))
+                price_N += 1e-9
+        unit = value / max(fixed.slot_G.sum(), 1)
+        slot_price_G = np.maximum(slot_price_G + 0.15 * step * unit * (used_G - fixed.slot_G), 0.0)
+    return best
+
+
+@compiled
+def _hold_cost(fixed: Fixed, expert: int, sync_price_L: Floats, move_price_L: Floats) -> Floats:
+    cost_G = np.zeros(len(fixed.slot_G))
+    home = fixed.home_E[expert]
+    for device in range(len(cost_G)):
+        nearest = fixed.nearest_EG[expert, device]
+        for place in range(fixed.pair_route_GGR.shape[2]):
+            out, back = fixed.pair_route_GGR[device, home, place], fixed.pair_route_GGR[home, device, place]
+            if out >= 0:
+                cost_G[device] += sync_price_L[out] * fixed.sync_cost_L[out]
+            if back >= 0:
+                cost_G[device] += sync_price_L[back] * fixed.sync_cost_L[back]
+            if nearest >= 0 and fixed.pair_route_GGR[nearest, device, place] >= 0:
+                link = fixed.pair_route_GGR[nearest, device, place]
+                cost_G[device] += move_price_L[link] * fixed.move_cost_L[link]
+    return cost_G
+
+
+@compiled
+def _serve_cost(fixed: Fixed, part_EH: Floats, expert: int, price_L: Floats, price_G: Floats) -> Floats:
+    """Price of one token from A served at G."""
+    sources, devices, places = fixed.route_AGR.shape
+    cost_AG = np.zeros((sources, devices))
+    for source in range(sources):
+        at = fixed.host_A[source]
+        for device in range(devices):
+            cost_AG[source, device] = price_G[device] * fixed.device_cost_G[device]
+            for place in range(places):
+                link = fixed.route_AGR[source, device, place]
+                if link >= 0 and fixed.part_AGR[source, device, place] == 1.0:
+                    cost_AG[source, device] += price_L[link] * fixed.link_cost_L[link]
+            if fixed.dedup and at != fixed.host_G[device]:
+                for place in range(fixed.upper_HHR.shape[2]):
+                    link = fixed.upper_HHR[at, fixed.host_G[device], place]
+                    if link >= 0:
+                        cost_AG[source, device] += part_EH[expert, at] * price_L[link] * fixed.link_cost_L[link]
+    return cost_AG
+
+
+@compiled
+def _best_set(token_A: Floats, cost_AG: Floats, hold_G: Floats) -> tuple[int, float]:
+    """The cheapest set of holders as a bit mask, and its cost: serving and holding."""
+    sources, devices = cost_AG.shape
+    least_SA = np.full((1 << devices, sources), np.inf)
+    held_S = np.zeros(1 << devices)
+    chosen, best = 0, np.inf
+    for subset in range(1, 1 << devices):
+        device = 0
+        while not (subset >> device) & 1:
+            device += 1
+        rest = subset & (subset - 1)
+        held_S[subset] = held_S[rest] + hold_G[device]
+        cost = held_S[subset]
+        for source in range(sources):
+            least = min(least_SA[rest, source], cost_AG[source, device])
+            least_SA[subset, source] = least
+            cost += token_A[source] * least
+        if cost < best:
+            chosen, best = subset, cost
+    return chosen, best
+
+
+@compiled
+def _answer(
+    fixed: Fixed,
+    part_EH: Floats,
+    expert: int,
+    chosen: int,
+    cost_AG: Floats,
+    load_L: Floats,
+    load_G: Floats,
+    sync_L: Floats,
+    move_L: Floats,
+    used_G: Floats,
+) -> None:
+    """Add the loads of an expert's best answer."""
+    sources, devices, places = fixed.route_AGR.shape
+    home = fixed.home_E[expert]
+    for device in range(devices):
+        if not (chosen >> device) & 1:
+            continue
+        used_G[device] += 1
+        nearest = fixed.nearest_EG[expert, device]
+        for place in range(fixed.pair_route_GGR.shape[2]):
+            for link in (fixed.pair_route_GGR[device, home, place], fixed.pair_route_GGR[home, device, place]):
+                if link >= 0:
+                    sync_L[link] += fixed.sync_cost_L[link]
+            if nearest >= 0 and fixed.pair_route_GGR[nearest, device, place] >= 0:
+                move_L[fixed.pair_route_GGR[nearest, device, place]] += fixed.move_cost_L[
+                    fixed.pair_route_GGR[nearest, device, place]
+                ]
+    for source in range(sources):
+        best = -1
+        for device in range(devices):
+            if (chosen >> device) & 1 and (best < 0 or cost_AG[source, device] < cost_AG[source, best]):
+                best = device
+        tokens, at, to = fixed.token_AE[source, expert], fixed.host_A[source], fixed.host_G[best]
+        load_G[best] += tokens * fixed.device_cost_G[best]
+        for place in range(places):
+            link = fixed.route_AGR[source, best, place]
+            if link >= 0 and fixed.part_AGR[source, best, place] == 1.0:
+                load_L[link] += tokens * fixed.link_cost_L[link]
+        if fixed.dedup and at != to:
+            for place in range(fixed.upper_HHR.shape[2]):
+                link = fixed.upper_HHR[at, to, place]
+                if link >= 0:
+                    load_L[link] += tokens * part_EH[expert, at] * fixed.link_cost_L[link]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """What HiGHS found."""
+
+    held_EG: NDArray[np.bool_] | None
+    """None where the time was up before any placement."""
+    step_s: float
+    bound_s: float
+    seconds: float
+    proven: bool
+
+
+def relaxed_bound(layer: Layer, limit_s: float = 60.0) -> float:
+    """Seconds; the linear programme's optimum, or `quick_bound` where it does not end in time."""
+    return max(quick_bound(layer), _programme(layer, whole=False, limit_s=limit_s).bound_s)
+
+
+def exact(layer: Layer, limit_s: float = 60.0) -> Exact:
+    """The best placement of a small layer, proven or with the bound reached in `limit_s`."""
+    return _programme(layer, whole=True, limit_s=limit_s)
+
+
+def _programme(layer: Layer, *, whole: bool, limit_s: float) -> Exact:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    from moestro.place.programme import build
+
+    model = build(fixed_arrays(layer))
+    experts, devices = layer.held_EG.shape
+    began = time.perf_counter()
+    found = milp(
+        model.cost_V,
+        constraints=LinearConstraint(model.rows, model.low_C, model.high_C),
+        integrality=model.whole_V if whole else np.zeros_like(model.whole_V),
+        bounds=Bounds(np.zeros(len(model.cost_V)), model.most_V),
+        options={"time_limit": limit_s, "mip_rel_gap": 1e-4},
+    )
+    dual = getattr(found, "mip_dual_bound", None)
+    solved = found.x is not None
+    bound_s = float(found.fun) if solved and not whole else float(dual) if dual is not None else 0.0
+    held_EG = np.rint(found.x[: experts * devices]).reshape(experts, devices) > 0 if solved and whole else None
+    return Exact(
+        held_EG=held_EG,
+        step_s=(float(found.fun) if solved else np.inf) + layer.latency_s,
+        bound_s=bound_s + layer.latency_s,
+        seconds=time.perf_counter() - began,
+        proven=found.status == 0,
+    )

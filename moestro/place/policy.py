@@ -1,0 +1,68 @@
+"""When to move experts: a pure decision from predicted times, called by `place.replay` and, live, by `train.rebalance`.
+
+    now, planned, moving, drift, error -> decide -> Verdict
+
+A plan is taken when what it saves over its life exceeds what moving costs, with a margin for the prediction's error. Its
+life is how long the loads it was made for last: until drift has carried off as much as HALF of them, never beyond the
+end of training, and never longer than the loads have been watched. Shares may always be refitted: that moves nothing.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+HALF = 0.5
+"""Relative change of the loads at which a placement counts as outlived."""
+LONGEST_STEPS = 2000.0
+LEAST_GAIN = 0.01
+"""Share of the step below which nothing is moved."""
+
+
+class Reason(StrEnum):
+    """Why a verdict is what it is."""
+
+    PAYS = "pays back"
+    COSTS = "costs more than it saves"
+    SAME = "nothing to gain"
+    UNSURE = "gain within the prediction's error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Whether to move, and the figures behind it."""
+
+    move: bool
+    reason: Reason
+    saved_s: float
+    """Over the plan's life, moving not yet subtracted."""
+    cost_s: float
+    life_steps: float
+
+
+def life_steps(*, drift: float, interval_steps: float, watched_steps: float, left_steps: float) -> float:
+    """Steps that a placement made now will stay good.
+
+    drift  relative change of the smoothed loads per interval (`Predictor.drift_L`)
+    """
+    lasting = LONGEST_STEPS if drift <= 0 else HALF / drift * interval_steps
+    return max(min(lasting, watched_steps, left_steps, LONGEST_STEPS), min(interval_steps, left_steps))
+
+
+def decide(*, now_s: float, planned_s: float, move_s: float, life: float, error: float, margin: float = 1.5) -> Verdict:
+    """Move or stay.
+
+    now_s, planned_s  step times under the predicted loads with the placement in force and with the plan, both with
+                      freshly fitted shares
+    move_s            seconds that training stands still for the move (what overlaps is not counted)
+    life              from `life_steps`
+    error             expected relative error of the loads, 0..2; the gain is discounted by half of it
+    margin            how much more than the cost the gain must be
+    """
+    gain_s = (now_s - planned_s) * (1.0 - min(error / 2, 1.0))
+    saved_s = gain_s * life
+    if now_s - planned_s <= LEAST_GAIN * now_s:
+        reason = Reason.SAME
+    elif gain_s <= 0:
+        reason = Reason.UNSURE
+    else:
+        reason = Reason.PAYS if saved_s > margin * move_s else Reason.COSTS
+    return Verdict(move=reason is Reason.PAYS, reason=reason, saved_s=saved_s, cost_s=move_s, life_steps=life)

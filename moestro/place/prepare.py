@@ -1,0 +1,195 @@
+"""From a layer to the arrays of a search, and from its state back to a placement.
+
+    Layer -> fixed_arrays -> Fixed -> spread / loaded -> State -> placement_of
+
+Up to `SEPARATE` devices every device is a source of its own. Beyond, a host's devices are taken together: a router sends
+much the same from each of them, and a source's own port is the one link that placement hardly changes.
+
+Dimension key:  A sources (devices or hosts)   E experts   G devices   L links   R places of a route   H hosts
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moestro.cluster.links import Links
+from moestro.core.errors import PlacementError
+from moestro.place.compiled import compiled
+from moestro.place.cost import Layer, Placement
+from moestro.place.state import MOST_REPLICAS, Fixed, Floats, Ints, State, empty_state, hold, put_near
+
+SEPARATE = 16
+"""Most devices that are sources of their own."""
+NO_LIMIT = 2**40
+
+
+def group_sources(links: Links) -> Ints:
+    """Which group of sources each device belongs to."""
+    return np.arange(links.devices) if links.devices <= SEPARATE else links.host_G
+
+
+def fixed_arrays(layer: Layer, most_new: int = NO_LIMIT, serial: bool = False) -> Fixed:
+    """Everything a search reads.
+
+    serial  charge every copied replica as if copies went one after another over the thinnest link
+    """
+    links = layer.links
+    group_S = group_sources(links)
+    token_AE = np.zeros((int(group_S.max()) + 1, layer.token_SE.shape[1]))
+    np.add.at(token_AE, group_S, layer.token_SE)
+    route_AGR, part_AGR = _grouped_routes(_Keyed(links), bool(layer.sets))
+    first_G = np.array([int(np.argmax(links.host_G == host)) for host in range(links.hosts)])
+    upper_GGR = np.where((links.route_GGR >= 0) & links.above_L[links.route_GGR], links.route_GGR, -1)
+    upper_HHR = -np.sort(-upper_GGR[np.ix_(first_G, first_G)], axis=2)
+    start_EH, stop_EH, type_X, expert_TK, token_T = _token_types(layer)
+    rate_L = links.bytes_per_s_L
+    return Fixed(
+        token_AE=token_AE,
+        even_tokens=max(float(token_AE.mean()), 1e-30),
+        route_AGR=route_AGR,
+        part_AGR=part_AGR,
+        link_cost_L=layer.exchanges * layer.token_bytes / rate_L,
+        device_cost_G=layer.passes / layer.tokens_per_s_G,
+        slot_G=np.ascontiguousarray(layer.slot_G, np.int64),
+        pair_route_GGR=links.route_GGR,
+        sync_cost_L=layer.sync_share * layer.gradient_bytes / rate_L,
+        move_cost_L=layer.state_bytes / layer.horizon_steps / rate_L,
+        home_E=layer.home_E.astype(np.int64),
+        nearest_EG=layer.nearest_EG,
+        host_A=links.host_G if len(token_AE) == links.devices else np.arange(links.hosts),
+        host_G=links.host_G,
+        upper_HHR=upper_HHR,
+        type_start_EH=start_EH,
+        type_stop_EH=stop_EH,
+        type_of_X=type_X,
+        type_expert_TK=expert_TK,
+        type_token_T=token_T,
+        dedup=bool(layer.sets),
+        most_new=most_new,
+        new_cost=layer.state_bytes / layer.horizon_steps / float(rate_L.min()) if serial else 0.0,
+    )
+
+
+class _Keyed:
+    """Links as a key of a cache: the same object gives the same routes."""
+
+    def __init__(self, links: Links) -> None:
+        self.links = links
+
+    def __hash__(self) -> int:
+        return id(self.links)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keyed) and other.links is self.links
+
+
+@lru_cache(maxsize=4)
+def _grouped_routes(keyed: _Keyed, without_above: bool) -> tuple[Ints, Floats]:
+    """route_AGR and the share of the group's tokens on each link; links of one source alone are left out of groups."""
+    links = keyed.links
+    route_GGR = links.route_GGR
+    if without_above:
+        route_GGR = -np.sort(-np.where((route_GGR >= 0) & links.above_L[route_GGR], -1, route_GGR), axis=2)
+    group_S = group_sources(links)
+    devices, sources, total = links.devices, int(group_S.max()) + 1, len(links.names)
+    size_A = np.bincount(group_S)
+    s, g, place = np.nonzero(route_GGR >= 0)
+    key, users = np.unique((group_S[s] * devices + g) * total + route_GGR[s, g, place], return_counts=True)
+    pair, link = np.divmod(key, total)
+    keep = (users > 1) | (size_A[pair // devices] <= 2)
+    pair, link, users = pair[keep], link[keep], users[keep]
+    start_P = np.searchsorted(pair, np.arange(sources * devices))
+    column = np.arange(len(pair)) - start_P[pair]
+    longest = int(column.max(initial=0)) + 1
+    route_AGR, part_AGR = np.full((sources, devices, longest), -1, np.int64), np.ones((sources, devices, longest))
+    route_AGR.reshape(-1, longest)[pair, column] = link
+    part_AGR.reshape(-1, longest)[pair, column] = users / size_A[pair // devices]
+    return route_AGR, part_AGR
+
+
+def _token_types(layer: Layer) -> tuple[Ints, Ints, Ints, Ints, Floats]:
+    """Token sets by expert and host: start_EH, stop_EH, type_of_X, type_expert_TK, type_token_T."""
+    experts, hosts, sets = layer.token_SE.shape[1], layer.links.hosts, layer.sets
+    widest = max((len(one.experts) for one in sets), default=1)
+    expert_TK = np.full((max(len(sets), 1), widest), -1, np.int64)
+    token_T = np.zeros(max(len(sets), 1))
+    for kind, one in enumerate(sets):
+        expert_TK[kind, : len(one.experts)] = one.experts
+        token_T[kind] = one.tokens
+    host_T = np.array([one.host for one in sets], np.int64)
+    kind_X, place_X = np.nonzero(expert_TK[: len(sets)] >= 0)
+    key_X = expert_TK[kind_X, place_X] * hosts + host_T[kind_X] if len(sets) else np.zeros(0, np.int64)
+    order_X = np.argsort(key_X, kind="stable")
+    bounds = np.searchsorted(key_X[order_X], np.arange(experts * hosts + 1))
+    type_X = kind_X[order_X] if len(sets) else np.zeros(1, np.int64)
+    return bounds[:-1].reshape(experts, hosts), bounds[1:].reshape(experts, hosts), type_X, expert_TK, token_T
+
+
+@compiled
+def spread(token_E: Floats, speed_G: Floats, slot_G: Ints, host_G: Ints, held_EG: NDArray[np.uint8]) -> None:
+    """Fill held_EG: slots go to the experts with most tokens per replica, replicas to hosts without one, idle devices first."""
+    experts, devices = held_EG.shape
+    count_E, left_G, load_G = np.ones(experts, np.int64), slot_G.copy(), np.zeros(devices)
+    hosts = host_G.max() + 1
+    for _ in range(slot_G.sum() - experts):
+        hottest, most = -1, 0.0
+        for expert in range(experts):
+            if count_E[expert] < min(devices, MOST_REPLICAS) and token_E[expert] / count_E[expert] > most:
+                hottest, most = expert, token_E[expert] / count_E[expert]
+        if hottest < 0:
+            break
+        count_E[hottest] += 1
+    on_EH = np.zeros((experts, hosts), np.int64)
+    for turn in range(2):  # every expert once, then its further replicas
+        for expert in np.argsort(-token_E / count_E, kind="mergesort"):
+            for _ in range(1 if turn == 0 else count_E[expert] - 1):
+                best, fewest, least = -1, 0, 0.0
+                for device in range(devices):
+                    if left_G[device] == 0 or held_EG[expert, device]:
+                        continue
+                    near, load = on_EH[expert, host_G[device]], load_G[device] / speed_G[device]
+                    if best < 0 or near < fewest or (near == fewest and load < least):
+                        best, fewest, least = device, near, load
+                if best >= 0:
+                    held_EG[expert, best] = 1
+                    on_EH[expert, host_G[best]] += 1
+                    left_G[best] -= 1
+                    load_G[best] += token_E[expert] / count_E[expert]
+
+
+@compiled
+def load(fixed: Fixed, state: State, held_EG: NDArray[np.uint8]) -> None:
+    """Put every expert's replicas and flows into an empty state, each source to the replicas near it."""
+    for expert in range(held_EG.shape[0]):
+        for device in range(held_EG.shape[1]):
+            if held_EG[expert, device]:
+                hold(fixed, state, expert, device, 1)
+        put_near(fixed, state, expert)
+
+
+def loaded(fixed: Fixed, held_EG: NDArray[np.bool_]) -> State:
+    """The state of a placement, its split near first.
+
+    raises PlacementError when an expert has more replicas than the search keeps track of
+    """
+    state = empty_state(fixed)
+    most = state.replica_EP.shape[1]
+    if (held_EG.sum(axis=1) > most).any():
+        raise PlacementError(f"an expert has more than {most} replicas; give it fewer")
+    load(fixed, state, held_EG.astype(np.uint8))
+    return state
+
+
+def placement_of(layer: Layer, state: State) -> Placement:
+    """Holders and shares of a state."""
+    most = int(state.count_E.max())
+    place_EP = np.arange(most) < state.count_E[:, None]
+    device_EP = np.where(place_EP, state.replica_EP[:, :most], -1)
+    share_AEP = np.where(place_EP, state.share_EAP[:, :, :most].transpose(1, 0, 2), 0.0)
+    none_AE = share_AEP.sum(axis=2) == 0
+    share_AEP = np.where(none_AE[:, :, None], place_EP / state.count_E[:, None], share_AEP)
+    share_AEP /= share_AEP.sum(axis=2, keepdims=True)
+    return Placement(
+        device_EP=device_EP, share_AEP=share_AEP, group_S=group_sources(layer.links), devices=layer.links.devices
+    )

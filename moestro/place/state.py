@@ -1,0 +1,366 @@
+"""The arrays that the search works on, and how expert by expert they change: take its flows out, put them back better.
+
+    Fixed   the layer: tokens, routes, costs      State   a placement, its split, and what every resource carries
+
+All loads are seconds of the step: bytes over bandwidth times exchanges, tokens over speed times passes. The exchange
+takes as long as its busiest link and compute as long as the slowest device; a p-norm stands for each maximum, so that
+relieving the second-busiest counts too. `put` splits an expert's tokens by water-filling: portion by portion to the
+replica where the norms grow least, with everything else where it is.
+
+Dimension key:  A sources (devices, or hosts taken together)   E experts   G devices   L links   R places of a route
+                P replicas of an expert   C experts on a device   H hosts   T token types (a host and a set of experts)
+                K experts of a type
+"""
+
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moestro.place.compiled import compiled
+
+MOST_REPLICAS = 64
+"""Of one expert, where there are more devices."""
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Fixed(NamedTuple):
+    """What a search does not change. Routes end with -1."""
+
+    token_AE: Floats
+    even_tokens: float
+    """Mean of token_AE: what is much below it need not be split finely."""
+    route_AGR: Ints
+    part_AGR: Floats
+    """Share of the tokens from A to G that uses the link: below 1 where A is a group and G one of it."""
+    link_cost_L: Floats
+    """Seconds of a step per token through the link."""
+    device_cost_G: Floats
+    """Seconds of a step per token computed."""
+    slot_G: Ints
+    pair_route_GGR: Ints
+    sync_cost_L: Floats
+    move_cost_L: Floats
+    home_E: Ints
+    nearest_EG: Ints
+    """Device that a new replica is copied from; -1 where G holds the expert already."""
+    host_A: Ints
+    host_G: Ints
+    upper_HHR: Ints
+    """Links above the hosts between two hosts; used where tokens travel once per host."""
+    type_start_EH: Ints
+    type_stop_EH: Ints
+    type_of_X: Ints
+    """Types of expert E at host H are type_of_X[start:stop]."""
+    type_expert_TK: Ints
+    type_token_T: Floats
+    dedup: bool
+    most_new: int
+    """Replicas that may be copied to devices that do not hold them."""
+    new_cost: float
+    """Seconds of a step for each of them beside its bytes on links: what keeps a replan from idle changes."""
+
+
+class State(NamedTuple):
+    """A placement, its split, and loads."""
+
+    replica_EP: Ints
+    """Holders of an expert in any order; the first count_E are valid."""
+    count_E: Ints
+    held_EG: NDArray[np.uint8]
+    resident_GC: Ints
+    """Experts on a device in any order; the first used_G are valid."""
+    share_EAP: Floats
+    """By place in replica_EP."""
+    used_G: Ints
+    link_L: Floats
+    device_G: Floats
+    sync_L: Floats
+    move_L: Floats
+    new_1: Ints
+    """Replicas beyond the placement in force."""
+    host_share_EHH: Floats
+    """Share of host A's tokens for an expert that is served at host B."""
+
+
+def empty_state(fixed: Fixed) -> State:
+    """No expert placed, nothing loaded."""
+    sources, experts = fixed.token_AE.shape
+    devices, links, hosts = len(fixed.slot_G), len(fixed.link_cost_L), len(fixed.upper_HHR)
+    most = min(devices, MOST_REPLICAS)
+    return State(
+        replica_EP=np.full((experts, most), -1, np.int64),
+        count_E=np.zeros(experts, np.int64),
+        held_EG=np.zeros((experts, devices), np.uint8),
+        resident_GC=np.full((devices, max(int(fixed.slot_G.max()), 1)), -1, np.int64),
+        share_EAP=np.zeros((experts, sources, most)),
+        used_G=np.zeros(devices, np.int64),
+        link_L=np.zeros(links),
+        device_G=np.zeros(devices),
+        sync_L=np.zeros(links),
+        move_L=np.zeros(links),
+        new_1=np.zeros(1, np.int64),
+        host_share_EHH=np.zeros((experts if fixed.dedup else 0, hosts, hosts)),
+    )
+
+
+@compiled
+def power(value: float, doublings: int) -> float:
+    """value ** (2 ** doublings), doublings at least 4."""
+    value *= value
+    value *= value
+    value *= value
+    value *= value
+    for _ in range(doublings - 4):
+        value *= value
+    return value
+
+
+@compiled
+def norm(load_N: Floats, doublings: int) -> float:
+    """The p-norm for p = 2 ** doublings, scaled so that nothing overflows."""
+    top = 0.0
+    for load in load_N:
+        top = max(top, load)
+    if top == 0.0:
+        return 0.0
+    total, part = 0.0, 1.0 / top
+    for load in load_N:
+        total += power(load * part, doublings)
+    for _ in range(doublings):
+        total = sqrt(total)
+    return top * total
+
+
+@compiled
+def potential(fixed: Fixed, state: State, doublings: int) -> float:
+    """Step time with p-norms for maxima, latency left out."""
+    time_s = norm(state.link_L, doublings) + norm(state.device_G, doublings)
+    time_s += state.new_1[0] * fixed.new_cost
+    return time_s + norm(state.sync_L, doublings) + norm(state.move_L, doublings)
+
+
+@compiled
+def flow(fixed: Fixed, state: State, expert: int, source: int, device: int, tokens: float) -> None:
+    """Add tokens (or take them away) on the links and the device."""
+    state.device_G[device] += tokens * fixed.device_cost_G[device]
+    for place in range(fixed.route_AGR.shape[2]):
+        link = fixed.route_AGR[source, device, place]
+        if link < 0:
+            break
+        state.link_L[link] += tokens * fixed.part_AGR[source, device, place] * fixed.link_cost_L[link]
+
+
+@compiled
+def other_share(fixed: Fixed, state: State, kind: int, expert: int, at: int, to: int) -> float:
+    """Largest share of the type's other experts that host `at` sends to host `to`: those tokens go there anyway."""
+    largest = 0.0
+    for place in range(fixed.type_expert_TK.shape[1]):
+        other = fixed.type_expert_TK[kind, place]
+        if other >= 0 and other != expert:
+            largest = max(largest, state.host_share_EHH[other, at, to])
+    return largest
+
+
+@compiled
+def merge(fixed: Fixed, state: State, expert: int, sign: float) -> None:
+    """Add (or take away) the expert's part of the traffic above hosts, one copy per token and host."""
+    hosts = fixed.upper_HHR.shape[0]
+    for at in range(hosts):
+        for to in range(hosts):
+            share = state.host_share_EHH[expert, at, to]
+            if at == to or share <= 0.0:
+                continue
+            tokens = 0.0
+            for place in range(fixed.type_start_EH[expert, at], fixed.type_stop_EH[expert, at]):
+                kind = fixed.type_of_X[place]
+                more = share - other_share(fixed, state, kind, expert, at, to)
+                if more > 0.0:
+                    tokens += fixed.type_token_T[kind] * more
+            for place in range(fixed.upper_HHR.shape[2]):
+                link = fixed.upper_HHR[at, to, place]
+                if link < 0:
+                    break
+                state.link_L[link] += sign * tokens * fixed.link_cost_L[link]
+
+
+@compiled
+def take(fixed: Fixed, state: State, expert: int) -> None:
+    """Remove an expert's flows; its shares stay to be read."""
+    for source in range(fixed.token_AE.shape[0]):
+        tokens = fixed.token_AE[source, expert]
+        if tokens > 0.0:
+            for place in range(state.count_E[expert]):
+                device = state.replica_EP[expert, place]
+                share = state.share_EAP[expert, source, place]
+                if share > 0.0:
+                    flow(fixed, state, expert, source, device, -tokens * share)
+    if fixed.dedup:
+        merge(fixed, state, expert, -1.0)
+        state.host_share_EHH[expert] = 0.0
+
+
+@compiled
+def crossing(fixed: Fixed, state: State, expert: int, at: int, to: int) -> float:
+    """Share of the expert's tokens at host `at` for which one more at host `to` means a copy more."""
+    share = state.host_share_EHH[expert, at, to]
+    new, every = 0.0, 1e-300
+    for place in range(fixed.type_start_EH[expert, at], fixed.type_stop_EH[expert, at]):
+        kind = fixed.type_of_X[place]
+        every += fixed.type_token_T[kind]
+        if other_share(fixed, state, kind, expert, at, to) <= share:
+            new += fixed.type_token_T[kind]
+    return new / every
+
+
+@compiled
+def growth(
+    fixed: Fixed, state: State, expert: int, source: int, device: int, tokens: float, scale: tuple[float, float, int]
+) -> float:
+    """How much the norms grow when these tokens go there, by their slope halfway.
+
+    scale  1 / the links' norm, 1 / the devices' norm, doublings
+    """
+    per_link, per_device, doublings = scale
+    more = tokens * fixed.device_cost_G[device]
+    found = power((state.device_G[device] + 0.5 * more) * per_device, doublings) * more
+    for place in range(fixed.route_AGR.shape[2]):
+        link = fixed.route_AGR[source, device, place]
+        if link < 0:
+            break
+        more = tokens * fixed.part_AGR[source, device, place] * fixed.link_cost_L[link]
+        found += power((state.link_L[link] + 0.5 * more) * per_link, doublings) * more
+    if fixed.dedup and fixed.host_A[source] != fixed.host_G[device]:
+        at, to = fixed.host_A[source], fixed.host_G[device]
+        copies = tokens * crossing(fixed, state, expert, at, to)
+        for place in range(fixed.upper_HHR.shape[2]):
+            link = fixed.upper_HHR[at, to, place]
+            if link < 0:
+                break
+            more = copies * fixed.link_cost_L[link]
+            found += power((state.link_L[link] + 0.5 * more) * per_link, doublings) * more
+    return found
+
+
+@compiled
+def put(fixed: Fixed, state: State, expert: int, portions: int, scale: tuple[float, float, int]) -> None:
+    """Split an expert's tokens over its replicas, portion by portion, and add the flows.
+
+    portions  most for one source; few tokens go in fewer
+    """
+    replicas = state.count_E[expert]
+    state.share_EAP[expert, :, :replicas] = 0.0
+    host_token_H = np.zeros(fixed.upper_HHR.shape[0] if fixed.dedup else 0)
+    if fixed.dedup:
+        for source in range(fixed.token_AE.shape[0]):
+            host_token_H[fixed.host_A[source]] += fixed.token_AE[source, expert]
+    even = fixed.even_tokens
+    for source in range(fixed.token_AE.shape[0]):
+        tokens = fixed.token_AE[source, expert]
+        if tokens <= 0.0:
+            continue
+        steps = 1 if replicas == 1 else min(portions, 1 + int(2.0 * tokens / even))
+        for _ in range(steps):
+            chosen, least = 0, np.inf
+            for place in range(replicas if replicas > 1 else 0):
+                device = state.replica_EP[expert, place]
+                cost = growth(fixed, state, expert, source, device, tokens / steps, scale)
+                if cost < least:
+                    chosen, least = place, cost
+            state.share_EAP[expert, source, chosen] += 1.0 / steps
+            best = state.replica_EP[expert, chosen]
+            flow(fixed, state, expert, source, best, tokens / steps)
+            if fixed.dedup:
+                at, to = fixed.host_A[source], fixed.host_G[best]
+                if at != to:
+                    _grow_host_share(fixed, state, expert, at, to, tokens / steps / host_token_H[at])
+
+
+@compiled
+def put_near(fixed: Fixed, state: State, expert: int) -> None:
+    """Split an expert's tokens evenly over the replicas on the source's host, or over all where it has none."""
+    replicas = state.count_E[expert]
+    for source in range(fixed.token_AE.shape[0]):
+        near = 0
+        for place in range(replicas):
+            near += fixed.host_G[state.replica_EP[expert, place]] == fixed.host_A[source]
+        for place in range(replicas):
+            device = state.replica_EP[expert, place]
+            share = 1.0 / replicas
+            if near:
+                share = 1.0 / near if fixed.host_G[device] == fixed.host_A[source] else 0.0
+            state.share_EAP[expert, source, place] = share
+            if share > 0.0:
+                flow(fixed, state, expert, source, device, fixed.token_AE[source, expert] * share)
+    if fixed.dedup:
+        _near_host_share(fixed, state, expert)
+        merge(fixed, state, expert, 1.0)
+
+
+@compiled
+def _near_host_share(fixed: Fixed, state: State, expert: int) -> None:
+    """Shares of hosts from the shares of sources."""
+    state.host_share_EHH[expert] = 0.0
+    host_token_H = np.zeros(fixed.upper_HHR.shape[0])
+    for source in range(fixed.token_AE.shape[0]):
+        host_token_H[fixed.host_A[source]] += fixed.token_AE[source, expert]
+    for source in range(fixed.token_AE.shape[0]):
+        at = fixed.host_A[source]
+        for place in range(state.count_E[expert]):
+            to = fixed.host_G[state.replica_EP[expert, place]]
+            if to != at and host_token_H[at] > 0.0:
+                part = fixed.token_AE[source, expert] / host_token_H[at]
+                state.host_share_EHH[expert, at, to] += part * state.share_EAP[expert, source, place]
+
+
+@compiled
+def _grow_host_share(fixed: Fixed, state: State, expert: int, at: int, to: int, more: float) -> None:
+    """Raise host_share and add the copies that this makes above the hosts."""
+    before = state.host_share_EHH[expert, at, to]
+    after = before + more
+    tokens = 0.0
+    for place in range(fixed.type_start_EH[expert, at], fixed.type_stop_EH[expert, at]):
+        kind = fixed.type_of_X[place]
+        other = other_share(fixed, state, kind, expert, at, to)
+        tokens += fixed.type_token_T[kind] * (max(after, other) - max(before, other))
+    state.host_share_EHH[expert, at, to] = after
+    for place in range(fixed.upper_HHR.shape[2]):
+        link = fixed.upper_HHR[at, to, place]
+        if link < 0:
+            break
+        state.link_L[link] += tokens * fixed.link_cost_L[link]
+
+
+@compiled
+def hold(fixed: Fixed, state: State, expert: int, device: int, sign: int) -> None:
+    """Add (or drop) a replica: its slot, its gradients' way home, its copying. Flows are the caller's."""
+    state.held_EG[expert, device] = 1 if sign > 0 else 0
+    if sign > 0:
+        state.resident_GC[device, state.used_G[device]] = expert
+        state.replica_EP[expert, state.count_E[expert]] = device
+        state.count_E[expert] += 1
+    else:
+        last = state.count_E[expert] - 1
+        for place in range(last + 1):
+            if state.replica_EP[expert, place] == device:
+                state.replica_EP[expert, place] = state.replica_EP[expert, last]
+                break
+        state.count_E[expert] = last
+        end = state.used_G[device] - 1
+        for place in range(end + 1):
+            if state.resident_GC[device, place] == expert:
+                state.resident_GC[device, place] = state.resident_GC[device, end]
+                break
+    state.used_G[device] += sign
+    home, nearest = fixed.home_E[expert], fixed.nearest_EG[expert, device]
+    state.new_1[0] += sign if nearest >= 0 else 0
+    for place in range(fixed.pair_route_GGR.shape[2]):
+        if home != device:
+            for link in (fixed.pair_route_GGR[home, device, place], fixed.pair_route_GGR[device, home, place]):
+                if link >= 0:
+                    state.sync_L[link] += sign * fixed.sync_cost_L[link]
+        if nearest >= 0 and fixed.pair_route_GGR[nearest, device, place] >= 0:
+            link = fixed.pair_route_GGR[nearest, device, place]
+            state.move_L[link] += sign * fixed.move_cost_L[link]
