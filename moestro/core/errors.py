@@ -6,6 +6,7 @@
   - CheckpointError  a checkpoint is damaged, foreign, or cannot be written
   - FamilyError      another project's model cannot be read or written without loss
   - TrainingError    training cannot go on
+    - RankLostError  because another rank was killed, hangs, or cannot be reached
 """
 
 
@@ -31,3 +32,14 @@ class FamilyError(Error):
 
 class TrainingError(Error):
     """Training cannot go on."""
+
+
+class RankLostError(TrainingError):
+    """Another rank was killed, hangs, or cannot be reached.
+
+    ours   we are the first to say so, and should print it
+    """
+
+    def __init__(self, message: str, ours: bool) -> None:
+        super().__init__(message)
+        self.ours = ours

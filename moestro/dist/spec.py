@@ -1,0 +1,47 @@
+"""The `[dist]` table of a recipe: how many ranks, and what each axis of the mesh splits. No torch here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moestro.core.config import STRICT
+from moestro.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistSpec:
+    """Axes whose product is the number of ranks; dp_shard = 0 takes what the others leave."""
+
+    __pydantic_config__ = STRICT
+    ranks: int = 0
+    """Ranks that `moestro train` starts on this machine; 0: one, or as many as torchrun has started."""
+    pp: int = 1
+    """Pipeline stages."""
+    dp_replicate: int = 1
+    """Copies of the sharded model; gradients are summed between them."""
+    dp_shard: int = 0
+    """Parts of the batch within a copy; where zero > 0, of optimiser state, gradients and weights too."""
+    tp: int = 1
+    """Tensor parallel: parts of each attention and dense feed-forward layer."""
+    ep: int = 1
+    """Expert parallel: parts of each layer's experts; carved out of dp_shard x tp."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What the ranks of dp_shard share out, for experts those that hold the same ones: 1 optimiser state, 2 gradients
+    too, 3 weights too. 0: nothing, gradients are summed in flat buckets."""
+    dispatch: Literal["flat", "hierarchical"] = "flat"
+    """hierarchical: a token bound for several experts of one node crosses the link between nodes once."""
+    ranks_per_node: int = 0
+    """Ranks that share a fast link; 0: as many as the launcher started on each machine."""
+    timeout_s: float = 300.0
+    """A rank that lets the others wait longer than this ends the run everywhere."""
+    restarts: int = 0
+    """Times that `moestro train` starts the ranks again, from the last checkpoint, when one is lost."""
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "dp_shard", "restarts", "ranks_per_node"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"dist.{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("pp", "dp_replicate", "tp", "ep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"dist.{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.timeout_s <= 0:
+            raise ConfigError(f"dist.timeout_s is {self.timeout_s}; it must be above 0")
