@@ -37,6 +37,8 @@ class Layout:
     ep: int = 1
     node: int = 0
     """Ranks of one node; 0: all."""
+    expert_tp: bool = False
+    """Experts are split over tp as well, and ep is carved out of dp_shard alone."""
 
     @property
     def world(self) -> int:
@@ -51,18 +53,23 @@ class Layout:
     @property
     def ep_node(self) -> int:
         """Neighbouring ranks of an expert group that are on one node."""
-        return gcd(self.ep, self.node or self.ep)
+        return gcd(self.ep, self.node // self.etp or self.ep)
+
+    @property
+    def etp(self) -> int:
+        """Parts of one expert."""
+        return self.tp if self.expert_tp else 1
 
     @property
     def edp_shard(self) -> int:
         """Ranks of one copy that hold the same experts."""
-        return self.dp_shard * self.tp // self.ep
+        return self.dp_shard * self.tp // (self.ep * self.etp)
 
     def groups(self, axis: str) -> list[list[int]]:
         """All groups of ranks that differ only along an axis, each in its order along it."""
         dense = np.arange(self.world).reshape(self.pp, self.dp_replicate, self.dp_shard, self.tp)
-        expert = dense.reshape(self.pp, self.dp_replicate, self.edp_shard, self.ep)
-        noded = expert.reshape(*expert.shape[:3], self.ep // self.ep_node, self.ep_node)
+        expert = dense.reshape(self.pp, self.dp_replicate, self.edp_shard, self.ep, self.etp)
+        noded = expert.reshape(*expert.shape[:3], self.ep // self.ep_node, self.ep_node, self.etp)
         match axis:
             case "pp":
                 return _along(dense, 0)
@@ -110,14 +117,15 @@ def fit(spec: DistSpec, ranks: int, ranks_here: int = 0) -> Layout:
     """
     fixed = spec.pp * spec.dp_replicate * spec.tp
     shard = spec.dp_shard or max(ranks // fixed, 1)
-    wanted = Layout(spec.pp, spec.dp_replicate, shard, spec.tp, spec.ep, spec.ranks_per_node or ranks_here)
-    if wanted.world == ranks and (shard * spec.tp) % spec.ep == 0:
+    wanted = Layout(spec.pp, spec.dp_replicate, shard, spec.tp, spec.ep, spec.ranks_per_node or ranks_here, spec.expert_tp)
+    if wanted.world == ranks and (shard * spec.tp) % (spec.ep * wanted.etp) == 0:
         return wanted
     if wanted.world != ranks:
         asked = f"pp {spec.pp} x dp_replicate {spec.dp_replicate} x dp_shard {shard} x tp {spec.tp} = {wanted.world}"
         problem = f"dist asks for {asked} ranks, but there are {ranks}"
     else:
-        problem = f"dist.ep is {spec.ep}; it must divide dp_shard x tp = {shard} x {spec.tp}"
+        room = f"dp_shard = {shard}" if spec.expert_tp else f"dp_shard x tp = {shard} x {spec.tp}"
+        problem = f"dist.ep is {spec.ep}; it must divide {room}"
     shown = " or ".join(_settings(layout) for layout in nearest(wanted, ranks))
     raise ConfigError(f"{problem}; nearest possible on {ranks} ranks: {shown}")
 
@@ -126,9 +134,9 @@ def nearest(wanted: Layout, ranks: int, number: int = 2) -> list[Layout]:
     """Layouts on exactly so many ranks that change the wanted sizes least, by the sum of their log ratios."""
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
     possible = [
-        Layout(pp, copies, ranks // (pp * copies * tp), tp, ep)
+        Layout(pp, copies, ranks // (pp * copies * tp), tp, ep, wanted.node, wanted.expert_tp)
         for pp, copies, tp, ep in product(sizes, repeat=4)
-        if ranks % (pp * copies * tp) == 0 and (ranks // (pp * copies)) % ep == 0
+        if ranks % (pp * copies * tp) == 0 and (ranks // (pp * copies)) % (ep * (tp if wanted.expert_tp else 1)) == 0
     ]
 
     def distance(layout: Layout) -> float:

@@ -26,8 +26,11 @@ class GradientSum:
     def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Parts, mesh: Mesh) -> None:
         by_axis: dict[str, list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
-            if not isinstance(parameter, DTensor):  # fully_shard sums its own
-                by_axis.setdefault(parts[name].sum_over, []).append(parameter)
+            over = parts[name].sum_over
+            if isinstance(parameter, DTensor):  # fully_shard sums over dp and edp, not over tp
+                over = "tp" if over == "stage" else ""
+            if over:
+                by_axis.setdefault(over, []).append(parameter)
         self.buckets = [
             (mesh[axis], bucket)
             for axis, members in by_axis.items()
@@ -41,7 +44,7 @@ class GradientSum:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat, group=axis.group)
             for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):

@@ -19,11 +19,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from moestro.core.errors import ConfigError
 from moestro.dist.dispatch import AllToAll, Hierarchical
-from moestro.dist.mesh import Mesh
+from moestro.dist.mesh import Axis, Mesh
 from moestro.dist.spec import DistSpec
+from moestro.dist.tensor_parallel import Cuts, SplitExperts, TokenParts, split_attention, split_feed_forward
+from moestro.nn.attention import GroupedQueryAttention, LatentAttention
 from moestro.nn.decoder import Decoder
 from moestro.nn.experts import LowRankExperts
-from moestro.nn.moe import MoE
+from moestro.nn.moe import Dispatcher, FeedForward, MoE
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in every dimension."""
@@ -74,19 +76,48 @@ def cut(model: Decoder, mesh: Mesh, spec: DistSpec) -> Parts:
             module.router.peers = mesh["dp"]
             parts |= {f"{name}.experts.{key}": held for key, held in cut_experts(module, mesh).items()}
             module.dispatcher = dispatcher_for(mesh, spec)
+        if mesh["tp"].size > 1:
+            parts |= {f"{name}.{key}": held for key, held in cut_columns(module, mesh["tp"]).items()}
     return parts
 
 
-def dispatcher_for(mesh: Mesh, spec: DistSpec) -> AllToAll | Hierarchical:
+def cut_columns(module: nn.Module, axis: Axis) -> Parts:
+    """Keep this rank's heads or hidden columns of one attention or dense feed-forward layer."""
+    cuts: Cuts = {}
+    norms: list[str] = []
+    if isinstance(module, GroupedQueryAttention | LatentAttention):
+        cuts, norms = split_attention(module, axis)
+    elif isinstance(module, FeedForward):
+        cuts = split_feed_forward(module, axis)
+    parts: Parts = {}
+    for name, parameter in list(module.named_parameters()):
+        held, linear = whole(parameter), name.partition(".")[0]
+        if linear in norms:  # sees only our heads: its gradient is a part of the sum
+            parts[name] = replace(held, sum_over="stage")
+        elif linear in cuts and parameter.dim() > cuts[linear]:
+            dim, size = cuts[linear], parameter.shape[cuts[linear]] // axis.size
+            start = axis.index * size
+            box = tuple((start, start + size) if d == dim else side for d, side in enumerate(held.boxes[0]))
+            parts[name] = replace(held, boxes=(box,), dim=dim, same_on=("dp",))
+            keep(module.get_submodule(linear), name.partition(".")[2], parameter.narrow(dim, start, size))
+    return parts
+
+
+def dispatcher_for(mesh: Mesh, spec: DistSpec) -> Dispatcher:
     """What carries tokens between experts."""
-    if spec.dispatch == "flat":
-        return AllToAll(mesh["ep"], mesh.layout.node)
-    return Hierarchical(mesh["ep_node"], mesh["ep_rail"], mesh.layout.node)
+    inner: Dispatcher = AllToAll(mesh["ep"], mesh.layout.node)
+    if spec.dispatch == "hierarchical":
+        inner = Hierarchical(mesh["ep_node"], mesh["ep_rail"], mesh.layout.node)
+    if mesh["tp"].size == 1:
+        return inner
+    return SplitExperts(inner, mesh["tp"]) if mesh.layout.expert_tp else TokenParts(inner, mesh["tp"])
 
 
 def cut_experts(moe: MoE, mesh: Mesh) -> Parts:
     """Keep this rank's experts of one layer; what low-rank experts share stays whole."""
     axis, experts = mesh["ep"], moe.experts
+    if mesh.layout.etp > 1 and isinstance(experts, LowRankExperts):
+        raise ConfigError("dist.expert_tp cannot split experts of model.moe.sharing low_rank; leave it out")
     if moe.spec.num_experts % axis.size:
         raise ConfigError(
             f"dist.ep is {axis.size}; it must divide model.moe.num_experts = {moe.spec.num_experts}: "
@@ -98,12 +129,29 @@ def cut_experts(moe: MoE, mesh: Mesh) -> Parts:
     for name, weight in list(experts.named_parameters()):
         held = whole(weight)
         if weight.dim() == 3:
-            box = ((first, first + experts.num_experts), *held.boxes[0][1:])
-            parts[name] = replace(held, boxes=(box,), sum_over="edp", same_on=("edp",))
-            keep(experts, name, weight[first : first + experts.num_experts])
+            boxes, dim = own_columns(name, held, mesh)
+            boxes = tuple(((first, first + experts.num_experts), *box[1:]) for box in boxes)
+            parts[name] = replace(held, boxes=boxes, dim=dim, sum_over="edp", same_on=("edp",))
+            keep(experts, name, torch.cat([weight[tuple(slice(*side) for side in box)] for box in boxes], dim))
         elif isinstance(experts, LowRankExperts):
             parts[name] = replace(held, sum_over="stage", same_on=("stage",))
     return parts
+
+
+def own_columns(name: str, held: Held, mesh: Mesh) -> tuple[tuple[Box, ...], int]:
+    """Which hidden columns of the experts are here: of gate and up, or rows of down; and along which dimension."""
+    _, inner, outer = held.boxes[0]
+    parts, index = mesh.layout.etp, mesh["tp"].index
+    if parts == 1:
+        return held.boxes, 0
+    hidden = outer[1] // 2 if name.startswith("gate_up") else inner[1]
+    if hidden % parts:
+        raise ConfigError(f"dist.tp is {parts}; with dist.expert_tp it must divide model.moe.expert_width = {hidden}")
+    start, stop = index * hidden // parts, (index + 1) * hidden // parts
+    if name.startswith("gate_up"):
+        halves = ((start, stop), (hidden + start, hidden + stop))
+        return tuple((held.boxes[0][0], inner, half) for half in halves), 2
+    return ((held.boxes[0][0], (start, stop), outer),), 1
 
 
 def keep(module: nn.Module, name: str, part: Tensor) -> None:

@@ -24,6 +24,8 @@ class DistSpec:
     """Tensor parallel: parts of each attention and dense feed-forward layer."""
     ep: int = 1
     """Expert parallel: parts of each layer's experts; carved out of dp_shard x tp."""
+    expert_tp: bool = False
+    """Split experts over tp by hidden columns too; ep is then carved out of dp_shard alone."""
     zero: Literal[0, 1, 2, 3] = 0
     """What the ranks of dp_shard share out, for experts those that hold the same ones: 1 optimiser state, 2 gradients
     too, 3 weights too. 0: nothing, gradients are summed in flat buckets."""

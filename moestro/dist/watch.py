@@ -8,10 +8,13 @@ fail later, also because others have left, repeat it.
 """
 
 import os
+import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -22,7 +25,17 @@ from moestro.dist.mesh import PULSE
 BEAT_S = 0.5
 SIGNS = ("gloo", "connection", "nccl", "timed out", "socket", "store", "broken pipe")
 """Words by which an error of the network is told from others."""
-NONE_YET = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """What a rank tells of itself every half second."""
+
+    beats: int
+    entered: int
+    """Exchanges it has entered."""
+    host: str = ""
+    pid: int = 0
 
 
 class Watch:
@@ -51,7 +64,7 @@ class Watch:
                 return
 
     def _write(self, number: int) -> None:
-        self.store.set(f"{self.scope}/{self.rank}", f"{number} {PULSE.entered}")
+        self.store.set(f"{self.scope}/{self.rank}", f"{number} {PULSE.entered} {socket.gethostname()} {os.getpid()}")
 
     def close(self) -> None:
         """Beat no more."""
@@ -73,30 +86,41 @@ class Watch:
             ) from error
 
     def verdict(self) -> tuple[str, bool]:
-        """Who was lost, and whether we are the first to say so."""
+        """Who was lost, and whether we are the first to say so; lost ranks of this machine are killed for good."""
         try:
             before = self._read()
             time.sleep(4 * BEAT_S)
             after = self._read()
-            text = _judge(before, after)
-            agreed = self.store.compare_set(f"{self.scope}/verdict", "", text).decode()
-            return agreed, agreed == text
+            lost, text = judge(before, after)
+            agreed = self.store.compare_set(f"{self.scope}/verdict", "", f"{self.rank} {text}").decode()
         except RuntimeError:
             return "rank 0 was lost, which held the ranks' common store", self.rank == 1
+        author, _, text = agreed.partition(" ")
+        if author == str(self.rank):
+            for rank in lost:
+                _kill(after[rank])
+        return text, author == str(self.rank)
 
-    def _read(self) -> dict[int, tuple[int, int]]:
-        """(beats, exchanges entered) of every rank that has begun."""
+    def _read(self) -> dict[int, Sign]:
+        """The last sign of life of every rank that has begun."""
         keys = {rank: f"{self.scope}/{rank}" for rank in range(self.ranks)}
         found = {rank: self.store.get(key).decode().split() for rank, key in keys.items() if self.store.check([key])}
-        return {rank: (int(beats), int(entered)) for rank, (beats, entered) in found.items()}
+        return {rank: Sign(int(beats), int(entered), host, int(pid)) for rank, (beats, entered, host, pid) in found.items()}
 
 
-def _judge(before: dict[int, tuple[int, int]], after: dict[int, tuple[int, int]]) -> str:
-    """One line from two looks at everybody's beats."""
-    silent = [rank for rank, seen in after.items() if before.get(rank, (0, 0))[0] == seen[0]]
+def judge(before: dict[int, Sign], after: dict[int, Sign]) -> tuple[list[int], str]:
+    """Lost ranks, and one line about them, from two looks at everybody's signs of life."""
+    silent = [rank for rank, sign in after.items() if rank in before and before[rank].beats == sign.beats]
     if silent:
         names = " and ".join(str(rank) for rank in silent)
-        return f"rank {names} was lost: no sign of life (killed, stopped, or its machine is gone)"
-    entered = {rank: seen[1] for rank, seen in after.items()}
-    rank = min(entered, key=lambda rank: entered[rank])
-    return f"rank {rank} hangs: it has entered {entered[rank]} exchanges, others {max(entered.values())}"
+        return silent, f"rank {names} was lost: no sign of life (killed, stopped, or its machine is gone)"
+    rank = min(after, key=lambda rank: after[rank].entered)
+    most = max(sign.entered for sign in after.values())
+    return [rank], f"rank {rank} hangs: it has entered {after[rank].entered} exchanges, others {most}"
+
+
+def _kill(sign: Sign) -> None:
+    """End a lost process that is on this machine: a stopped one would keep its launcher waiting."""
+    if sign.host == socket.gethostname():
+        with suppress(ProcessLookupError):
+            os.kill(sign.pid, signal.SIGKILL)

@@ -24,7 +24,7 @@ def shard(model: Decoder, mesh: Mesh, zero: int) -> list[FSDPModule]:
     layout = mesh.layout
     sizes = {
         "dense": (layout.pp, layout.dp_replicate, layout.dp_shard, layout.tp),
-        "expert": (layout.pp, layout.dp_replicate, layout.edp_shard, layout.ep),
+        "expert": (layout.pp, layout.dp_replicate, layout.edp_shard, layout.ep * layout.etp),
     }
     meshes = {name: _data_mesh(mesh, shape) for name, shape in sizes.items()}
     done: list[FSDPModule] = []

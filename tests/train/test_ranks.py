@@ -90,6 +90,28 @@ def test_sharing_out_state_gradients_and_weights_changes_nothing(
     compare(make_recipe, 4, *settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("dist.tp=2", "dist.ep=2"),
+        ("dist.tp=2", "dist.ep=4", "dist.zero=3", "model.attention.qk_norm=head"),
+        ("dist.tp=2", "dist.ep=2", "dist.expert_tp=true", "model.moe.shared_width=8"),
+        ("dist.tp=2", "dist.dp_replicate=2", "model.dense_layers=[0]", "model.dense_width=24"),
+        ("dist.tp=2", "dist.zero=1", "dist.expert_tp=true", "model.attention.bias=true", "train.recompute=true"),
+        (
+            "dist.tp=2",
+            "model.attention.kind=mla",
+            "model.attention.kv_rank=8",
+            "model.attention.rope_head_dim=4",
+            "model.attention.head_dim=8",
+        ),
+    ],
+    ids=" ".join,
+)
+def test_tensor_parallel_learns_what_one_rank_learns(make_recipe: MakeRecipe, settings: tuple[str, ...]) -> None:
+    compare(make_recipe, 4, *settings)
+
+
 def test_two_level_dispatch_learns_what_one_rank_learns(make_recipe: MakeRecipe) -> None:
     compare(make_recipe, 4, "dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2")
 
@@ -149,6 +171,7 @@ def test_a_whole_run_equals_one_rank_and_evaluates_on_one_machine(make_recipe: M
     ("first", "then"),
     [
         ("4 dist.ep=4", "2 dist.ep=2"),
+        ("4 dist.tp=2 dist.ep=2 dist.expert_tp=true", "2 dist.ep=2"),
         pytest.param("4 dist.ep=4", "2 dist.ep=1", marks=pytest.mark.slow),
         pytest.param("2 dist.ep=1", "4 dist.ep=2", marks=pytest.mark.slow),
         ("4 dist.ep=2", "4 dist.ep=2"),
