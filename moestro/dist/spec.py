@@ -20,6 +20,10 @@ class DistSpec:
     """Copies of the sharded model; gradients are summed between them."""
     dp_shard: int = 0
     """Parts of the batch within a copy; where zero > 0, of optimiser state, gradients and weights too."""
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """How micro-batches take turns in the pipeline."""
+    stages_per_rank: int = 2
+    """interleaved, zero_bubble: stages that each rank of the pipeline holds."""
     tp: int = 1
     """Tensor parallel: parts of each attention and dense feed-forward layer."""
     ep: int = 1
@@ -42,7 +46,7 @@ class DistSpec:
         for name in ("ranks", "dp_shard", "restarts", "ranks_per_node"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"dist.{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("pp", "dp_replicate", "tp", "ep"):
+        for name in ("pp", "dp_replicate", "tp", "ep", "stages_per_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"dist.{name} is {getattr(self, name)}; it must be 1 or more")
         if self.timeout_s <= 0:

@@ -5,6 +5,7 @@
 `OneRank` is the plain case, `train/ranks.py` has the other. The trainer and the loop are the same for both.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,12 +17,12 @@ from torch import Tensor
 from moestro.core.errors import CheckpointError
 from moestro.core.tokens import Tokenizer
 from moestro.dist.mesh import Axis, alone
-from moestro.nn.decoder import Decoder
-from moestro.nn.router import RoutingRecord
+from moestro.nn.decoder import Decoder, Output
+from moestro.nn.router import RoutingRecord, merge
 from moestro.train import checkpoint
 
 if TYPE_CHECKING:
-    from moestro.train.trainer import Trainer
+    from moestro.train.trainer import StepResult, Trainer
 
 T = TypeVar("T")
 Done = Callable[[], None]
@@ -39,6 +40,18 @@ class Engine(Protocol):
 
     def place(self, model: Decoder) -> None:
         """Leave in the model what belongs on this rank."""
+        ...
+
+    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+        """Gradients of all micro-batches; loss and times go to `result`, returns our records, one per sparse layer."""
+        ...
+
+    def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
+        """The records of layers that are here."""
+        ...
+
+    def logits(self, model: Decoder) -> Callable[..., Output]:
+        """The model's forward pass, wherever its layers are."""
         ...
 
     def begin_micro_batch(self, last: bool) -> None:
@@ -98,6 +111,18 @@ class OneRank:
         """All of it."""
         self.model = model
 
+    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+        """One micro-batch after the other."""
+        return learn_in_turn(trainer, parts, result)
+
+    def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
+        """All of them."""
+        return records
+
+    def logits(self, model: Decoder) -> Callable[..., Output]:
+        """The model."""
+        return model
+
     def begin_micro_batch(self, last: bool) -> None:
         """Nothing to do."""
 
@@ -143,3 +168,37 @@ class OneRank:
     def restore(self, folder: Path, trainer: "Trainer") -> int:
         """See `Engine`."""
         return checkpoint.restore(folder, trainer.model, trainer.optimizer, trainer.memory)
+
+
+def learn_in_turn(trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+    """Forward and backward of one micro-batch after the other."""
+    model, engine, watch = trainer.model, trainer.engine, Stopwatch()
+    layers: list[list[RoutingRecord]] = [[] for _ in model.routers]
+    for place, part_BS in enumerate(parts):
+        engine.begin_micro_batch(last=place + 1 == len(parts))
+        own_BS, share = engine.own_rows(part_BS)
+        with trainer.autocast():
+            loss, records = model.loss(own_BS, trainer.memory[place] if trainer.memory else None)
+        loss = loss * share
+        router_loss = sum((record.loss for record in records), start=torch.zeros((), device=trainer.device))
+        result.forward_s += watch.lap()
+        ((loss + router_loss) / len(parts)).backward()
+        result.loss += float(loss.detach()) / len(parts)
+        for router, seen, record in zip(model.routers, layers, records, strict=True):
+            router.count_micro_batch(record)
+            seen.append(record)
+        result.backward_s += watch.lap()
+    return [merge(seen) for seen in layers]
+
+
+class Stopwatch:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last_s = time.perf_counter()
+
+    def lap(self) -> float:
+        """Read and start again."""
+        now_s = time.perf_counter()
+        spent_s, self._last_s = now_s - self._last_s, now_s
+        return spent_s

@@ -12,7 +12,7 @@ Dimension key:  B sequences   S positions   L sparse layers   C token classes
 import gzip
 import lzma
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from moestro.core.tokens import Tokenizer
 from moestro.dist.mesh import Axis, alone
 from moestro.nn.attention import Cache
-from moestro.nn.decoder import Decoder
+from moestro.nn.decoder import Decoder, Output
 from moestro.train.data import TokenData, TokenFile, windows
 
 CLASSES = ("line break", "space", "word", "number", "sign", "end or special")
@@ -84,6 +84,7 @@ def evaluate(
     limit: int = 0,
     dtype: torch.dtype = torch.float32,
     split: Axis | None = None,
+    forward: Callable[..., Output] | None = None,
 ) -> Evaluation:
     """Evaluate on the held-out tokens.
 
@@ -92,6 +93,7 @@ def evaluate(
     limit      stop after this many windows, spread evenly over the text; 0 reads all of it
     dtype      of matrix products
     split      ranks that share the windows of a batch; all get the same result
+    forward    the model's forward pass where its layers are on several ranks
     """
     was_training = model.training
     split = split or alone("dp")
@@ -101,7 +103,7 @@ def evaluate(
         own = slice(len(all_BS) * split.index // split.size, len(all_BS) * (split.index + 1) // split.size)
         token_BS = all_BS[own] if own.stop > own.start else all_BS[:1]  # all ranks work together in every batch
         with torch.autocast(token_BS.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = model(token_BS[:, :-1], caches)
+            output = (forward or model)(token_BS[:, :-1], caches)
         losses_A = F.cross_entropy(output.logit_BSV.float().flatten(0, 1), token_BS[:, 1:].flatten(), reduction="none")
         if own.stop == own.start:
             continue
@@ -117,7 +119,7 @@ def _batches(
     model: Decoder, tokens: TokenFile, length: int, sequences: int, limit: int
 ) -> Iterator[tuple[Tensor, list[Cache] | None]]:
     """Batches of windows; a recurrent model reads the text in order, with its memory."""
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     total = len(tokens.token_N)
     starts = list(range(0, max(total - 1, 1), length))
     if model.spec.attention.kind == "transformer_xl":
@@ -144,7 +146,7 @@ class _Sums:
     def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
         self.class_V = torch.from_numpy(token_classes(tokenizer))
         self.bytes_V = torch.tensor([len(piece) for piece in tokenizer.token_bytes()], dtype=torch.float64)
-        layers = len(model.routers)
+        layers = len(model.spec.moe_layers)
         self.nats, self.tokens, self.text_bytes = 0.0, 0, 0.0
         self.experts_LC = torch.zeros(layers, len(CLASSES), dtype=torch.float64)
         self.tokens_C = torch.zeros(len(CLASSES), dtype=torch.float64)

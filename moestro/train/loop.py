@@ -235,8 +235,9 @@ class _Session:
             ]
             facts["entropy"] = [round(float(record.entropy), 4) for record in records]
             facts["balance"] = [round(float(record.balance), 4) for record in records]
-        if any(router.steered for router in self.trainer.model.routers):
-            facts["threshold"] = [round(float(router.budget.threshold), 5) for router in self.trainer.model.routers]
+        routers = self.trainer.model.routers
+        if any(router.steered for router in routers) and len(routers) == len(result.records):  # else on other ranks
+            facts["threshold"] = [round(float(router.budget.threshold), 5) for router in routers]
         return facts
 
     def skip(self, result: StepResult, batch: str) -> None:
@@ -263,6 +264,7 @@ class _Session:
             limit=limit,
             dtype=trainer.dtype,
             split=self.engine.split,
+            forward=self.engine.logits(trainer.model),
         )
         self.engine.settle()
         self.events.write("evaluation", trainer.step, whole=limit == 0, **evaluation.as_dict())

@@ -6,6 +6,7 @@ ranks, each what it alone holds, and becomes visible when the last has finished.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -21,22 +22,23 @@ from moestro.core.errors import CheckpointError, ConfigError, Error
 from moestro.core.tokens import Tokenizer
 from moestro.dist.layout import Layout, fit
 from moestro.dist.mesh import Mesh, join, under_torchrun
+from moestro.dist.pipeline import Pipeline
 from moestro.dist.reduce import GradientSum, scale_gradients, total_norm
 from moestro.dist.shard import Parts, cut, held_rows, local, pieces
-from moestro.dist.spec import DistSpec
 from moestro.dist.watch import Watch
 from moestro.dist.zero import shard
-from moestro.nn.decoder import Decoder
-from moestro.nn.router import RoutingRecord
+from moestro.nn.decoder import Decoder, Output
+from moestro.nn.router import RoutingRecord, merge
+from moestro.nn.routing_budget import BINS
 from moestro.train.checkpoint import verify
 from moestro.train.device import pick_device
-from moestro.train.engine import Done, Engine, OneRank
+from moestro.train.engine import Done, Engine, OneRank, learn_in_turn
 from moestro.train.recipe import Recipe
 from moestro.train.saving import Saving
 from moestro.train.shards import Part, Shards
 
 if TYPE_CHECKING:
-    from moestro.train.trainer import Trainer
+    from moestro.train.trainer import StepResult, Trainer
 
 T = TypeVar("T")
 KINDS = ("model", "optimizer", "state")
@@ -54,23 +56,50 @@ def enlist(recipe: Recipe) -> Engine:
             f"train.sequences / train.micro_batches is {rows}; it must be {layout.dp} or more, one for each part of "
             f"the batch ({layout.text()}): raise train.sequences or lower train.micro_batches"
         )
+    check_pipeline(recipe, layout, rows)
     if not train.threads:
         torch.set_num_threads(max((os.cpu_count() or 1) // here, 1))
     if torch.cuda.is_available() and train.device == "auto":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     join(recipe.dist.timeout_s)
-    return Ranks(layout, pick_device(train.device), recipe.dist)
+    return Ranks(layout, pick_device(train.device), recipe)
+
+
+def check_pipeline(recipe: Recipe, layout: Layout, rows: int) -> None:
+    """Raise ConfigError for what does not go together with pp."""
+    if layout.pp == 1:
+        return
+    if rows % layout.dp:
+        raise ConfigError(
+            f"train.sequences / train.micro_batches is {rows}; with dist.pp it must be a multiple of {layout.dp}, "
+            "the parts of the batch: a pipeline moves equal pieces"
+        )
+    if recipe.dist.schedule != "1f1b" and recipe.train.micro_batches % layout.pp:
+        raise ConfigError(
+            f"train.micro_batches is {recipe.train.micro_batches}; for dist.schedule {recipe.dist.schedule} it must be "
+            f"a multiple of dist.pp = {layout.pp}"
+        )
+    router = recipe.model.moe.router if recipe.model.moe else None
+    if recipe.dist.zero or (router and router.aux_scope == "global"):
+        raise ConfigError(
+            f"dist.zero is {recipe.dist.zero} with dist.pp {layout.pp}; a pipeline goes with dist.zero=0, and with "
+            "model.moe.router.aux_scope batch or sequence"
+        )
 
 
 class Ranks:
     """One of several ranks."""
 
-    def __init__(self, layout: Layout, device: torch.device, spec: DistSpec) -> None:
-        self.mesh, self.spec = Mesh(layout, device), spec
+    def __init__(self, layout: Layout, device: torch.device, recipe: Recipe) -> None:
+        self.mesh, self.spec, self.length = Mesh(layout, device), recipe.dist, recipe.train.length
         self.sharded: list[FSDPModule] = []
+        self.pipeline: Pipeline | None = None
+        self.tied: nn.Parameter | None = None
+        self.layers: list[int] = []
+        self.numbers = 0
         self.saving: Saving | None = None
         self.done: Done = lambda: None
-        self.watch = Watch(self.mesh.rank, layout.world, spec.timeout_s) if "MASTER_ADDR" in os.environ else None
+        self.watch = Watch(self.mesh.rank, layout.world, self.spec.timeout_s) if "MASTER_ADDR" in os.environ else None
         self.leads, self.split = self.mesh.rank == 0, self.mesh["dp"]
         self.layout = f"{layout.world} ranks: {layout.text()}"
         self.parts: Parts = {}
@@ -82,7 +111,20 @@ class Ranks:
 
     def place(self, model: Decoder) -> None:
         """Cut the model in place."""
+        spec, moe = model.spec, model.spec.moe
+        self.layers = spec.moe_layers
+        if moe:
+            steered = moe.router.rule in ("gap", "topp")
+            nothing, count_E = torch.zeros(()), torch.zeros(moe.num_experts)
+            bins = torch.zeros(BINS) if steered else None
+            self.blank = RoutingRecord(count_E, 0, nothing, nothing, nothing, torch.zeros(0), bins)
+            self.numbers = len(_numbers(self.blank))
         self.parts = cut(model, self.mesh, self.spec)
+        if self.mesh["pp"].size > 1:
+            self.pipeline = Pipeline(model, self.spec, self.mesh["pp"], self.length)
+            if spec.tied_head and isinstance(model.embedding, nn.Embedding):
+                self.tied = dict(model.named_parameters())["embedding.weight"]
+                self.parts["embedding.weight"] = replace(self.parts["embedding.weight"], same_on=("dp", "tp", "ends"))
         self.sharded = shard(model, self.mesh, self.spec.zero) if self.spec.zero else []
         self.parameters = dict(model.named_parameters())
         self.sum_gradients = GradientSum(self.parameters, self.parts, self.mesh)
@@ -113,14 +155,43 @@ class Ranks:
         """See `Engine`."""
         scale_gradients(self.parameters, norm, most)
 
+    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+        """Through the pipeline, where there is one."""
+        if self.pipeline is None:
+            return learn_in_turn(trainer, parts, result)
+        rows = [self.own_rows(part_BS) for part_BS in parts]
+        token_BS = torch.cat([own_BS for own_BS, _ in rows])
+        begun_s = time.perf_counter()
+        with trainer.autocast():
+            result.loss, seen = self.pipeline.learn(token_BS, len(parts), rows[0][1])
+        result.backward_s = time.perf_counter() - begun_s
+        if self.tied is not None and self.tied.grad is not None:  # on the first and on the last rank of the pipeline
+            self.tied.grad.copy_(self.mesh["ends"].sum(self.tied.grad))
+        return [merge(records) for records in seen.values()]
+
     def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
-        """One message: the loss, then every layer's counts, means and histogram."""
-        flat = torch.tensor([loss], dtype=torch.float64, device=self.mesh.device)
-        flat = torch.cat([flat, *(_numbers(record) for record in records)])
-        flat = self.split.sum(flat)
-        sizes = [_numbers(record).numel() for record in records]
-        parts = flat[1:].split(sizes)
-        return float(flat[0]), [_with_numbers(*pair) for pair in zip(records, parts, strict=True)]
+        """One message: the loss, then every layer's counts, means and histogram; each rank adds what it has."""
+        own = dict(zip(self.pipeline.own_layers if self.pipeline else self.layers, records, strict=True))
+        rows = torch.zeros(len(self.layers), self.numbers, dtype=torch.float64, device=self.mesh.device)
+        for row, layer in zip(rows, self.layers, strict=True):
+            if layer in own:
+                row.copy_(_numbers(own[layer]))
+        flat = torch.cat([rows.new_tensor([loss]), rows.flatten()])
+        flat = self.mesh["pp"].sum(self.split.sum(flat))
+        rows = flat[1:].view_as(rows)
+        everything = [
+            _with_numbers(own.get(layer, self.blank), row) for layer, row in zip(self.layers, rows, strict=True)
+        ]
+        return float(flat[0]), everything
+
+    def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
+        """Those of `total` whose routers are here."""
+        layers = self.pipeline.own_layers if self.pipeline else self.layers
+        return [record for layer, record in zip(self.layers, records, strict=True) if layer in layers]
+
+    def logits(self, model: Decoder) -> Callable[..., Output]:
+        """See `Engine`."""
+        return self.pipeline.forward if self.pipeline else model
 
     def between_steps(self, stop: bool) -> tuple[bool, CheckpointError | None]:
         """See `Engine`; also completes a checkpoint that all ranks have written."""

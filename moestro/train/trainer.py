@@ -11,21 +11,19 @@ Dimension key:  B sequences   S positions
 """
 
 import math
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moestro.core.errors import ConfigError
 from moestro.core.specs import ModelSpec
 from moestro.nn.decoder import Decoder, parameter_counts
-from moestro.nn.router import RoutingRecord, merge
+from moestro.nn.router import RoutingRecord
 from moestro.train import checkpoint
 from moestro.train.data import Batches, Streams, TokenData
 from moestro.train.device import keep_freed_memory, pick_device, pick_dtype
-from moestro.train.engine import Done, Engine, OneRank
+from moestro.train.engine import Done, Engine, OneRank, Stopwatch
 from moestro.train.optim import lr_share, make_optimizer, set_lr
 from moestro.train.recipe import Recipe
 
@@ -49,19 +47,6 @@ class StepResult:
     def step_s(self) -> float:
         """Wall-clock seconds."""
         return self.data_s + self.forward_s + self.backward_s + self.update_s
-
-
-class Stopwatch:
-    """Seconds since the last lap."""
-
-    def __init__(self) -> None:
-        self._last_s = time.perf_counter()
-
-    def lap(self) -> float:
-        """Read and start again."""
-        now_s = time.perf_counter()
-        spent_s, self._last_s = now_s - self._last_s, now_s
-        return spent_s
 
 
 def sized(spec: ModelSpec, vocab_size: int) -> ModelSpec:
@@ -109,30 +94,17 @@ class Trainer:
         result.data_s = watch.lap()
         model.train()
         parts = token_BS.chunk(self.recipe.train.micro_batches)
-        layers: list[list[RoutingRecord]] = [[] for _ in model.routers]
-        for place, part_BS in enumerate(parts):
-            self.engine.begin_micro_batch(last=place + 1 == len(parts))
-            own_BS, share = self.engine.own_rows(part_BS)
-            loss, records = self._forward(own_BS, place)
-            loss = loss * share
-            router_loss = sum((record.loss for record in records), start=torch.zeros((), device=self.device))
-            result.forward_s += watch.lap()
-            ((loss + router_loss) / len(parts)).backward()
-            result.loss += float(loss.detach()) / len(parts)
-            for router, seen, record in zip(model.routers, layers, records, strict=True):
-                router.count_micro_batch(record)
-                seen.append(record)
-            result.backward_s += watch.lap()
-        result.loss, result.records = self.engine.total(result.loss, [merge(seen) for seen in layers])
+        records = self.engine.learn(self, parts, result)
+        watch.lap()
+        result.loss, result.records = self.engine.total(result.loss, records)
         self._update(result)
         result.update_s = watch.lap()
         self.step += 1
         return result
 
-    def _forward(self, token_BS: Tensor, place: int) -> tuple[Tensor, list[RoutingRecord]]:
-        caches = self.memory[place] if self.memory else None
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.model.loss(token_BS, caches)
+    def autocast(self) -> torch.autocast:
+        """Matrix products in the run's type."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def _update(self, result: StepResult) -> None:
         """Clip and apply, or leave everything as it was."""
@@ -145,7 +117,7 @@ class Trainer:
                 self.engine.clip(norm, spec.clip)
             set_lr(self.optimizer, lr_share(spec, self.step, steps))
             self.optimizer.step()
-            for router, record in zip(self.model.routers, result.records, strict=True):
+            for router, record in zip(self.model.routers, self.engine.of_own_layers(result.records), strict=True):
                 router.update(record, (self.step + 1) / steps)
         else:
             for router in self.model.routers:

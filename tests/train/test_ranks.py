@@ -24,7 +24,7 @@ STEPS = 3
 
 
 def engine_for(recipe: Recipe) -> Ranks:
-    return Ranks(fit(recipe.dist, torch.distributed.get_world_size()), torch.device("cpu"), recipe.dist)
+    return Ranks(fit(recipe.dist, torch.distributed.get_world_size()), torch.device("cpu"), recipe)
 
 
 def trained(recipe: Recipe, trainer: Trainer) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
@@ -112,6 +112,25 @@ def test_tensor_parallel_learns_what_one_rank_learns(make_recipe: MakeRecipe, se
     compare(make_recipe, 4, *settings)
 
 
+PIPELINE = ("train.micro_batches=4", "train.sequences=8", "model.num_layers=4")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("dist.pp=2",),
+        ("dist.pp=2", "dist.ep=2", "train.recompute=true"),
+        ("dist.pp=2", "dist.tp=2", "model.tied_head=false"),
+        ("dist.pp=2", "dist.schedule=interleaved"),
+        ("dist.pp=2", "dist.ep=2", "dist.schedule=zero_bubble"),
+        ("dist.pp=4", "model.dense_layers=[0]", "model.dense_width=24"),
+    ],
+    ids=" ".join,
+)
+def test_pipelines_learn_what_one_rank_learns(make_recipe: MakeRecipe, settings: tuple[str, ...]) -> None:
+    compare(make_recipe, 4, *PIPELINE, *settings)
+
+
 def test_two_level_dispatch_learns_what_one_rank_learns(make_recipe: MakeRecipe) -> None:
     compare(make_recipe, 4, "dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2")
 
@@ -171,6 +190,7 @@ def test_a_whole_run_equals_one_rank_and_evaluates_on_one_machine(make_recipe: M
     ("first", "then"),
     [
         ("4 dist.ep=4", "2 dist.ep=2"),
+        ("4 dist.pp=2 dist.ep=2 train.micro_batches=2", "2 dist.ep=2 train.micro_batches=2"),
         ("4 dist.tp=2 dist.ep=2 dist.expert_tp=true", "2 dist.ep=2"),
         pytest.param("4 dist.ep=4", "2 dist.ep=1", marks=pytest.mark.slow),
         pytest.param("2 dist.ep=1", "4 dist.ep=2", marks=pytest.mark.slow),
