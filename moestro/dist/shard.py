@@ -73,12 +73,19 @@ def cut(model: Decoder, mesh: Mesh, spec: DistSpec) -> Parts:
     parts = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
         if isinstance(module, MoE):
-            module.router.peers = mesh["dp"]
+            module.router.peers = mesh["dp" if spec.sync == "step" else "dp_shard"]
             parts |= {f"{name}.experts.{key}": held for key, held in cut_experts(module, mesh).items()}
             module.dispatcher = dispatcher_for(mesh, spec)
         if mesh["tp"].size > 1:
             parts |= {f"{name}.{key}": held for key, held in cut_columns(module, mesh["tp"]).items()}
-    return parts
+    return parts if spec.sync == "step" else {name: inside_copy(held) for name, held in parts.items()}
+
+
+def inside_copy(held: Held) -> Held:
+    """The same part where copies learn apart: gradients are summed inside each."""
+    if held.sum_over == "stage":
+        raise ConfigError("dist.sync other than step goes with neither dist.tp and qk_norm nor low_rank experts")
+    return replace(held, sum_over={"dp": "dp_shard", "edp": "edp_shard"}[held.sum_over])
 
 
 def cut_columns(module: nn.Module, axis: Axis) -> Parts:

@@ -37,17 +37,49 @@ class DistSpec:
     """hierarchical: a token bound for several experts of one node crosses the link between nodes once."""
     ranks_per_node: int = 0
     """Ranks that share a fast link; 0: as many as the launcher started on each machine."""
+    sync: Literal["step", "local", "diloco", "stale", "hybrid"] = "step"
+    """How copies (dp_replicate) stay together, see `dist/synchronise.py`; step: gradients are summed in every step."""
+    sync_every: int = 16
+    """local, diloco: steps between two meetings. All: steps after which stops, checkpoints and evaluations may come."""
+    sync_after: int = 0
+    """local, diloco: steps at the beginning that are synchronous."""
+    outer_lr: float = 0.7
+    outer_momentum: float = 0.9
+    """diloco: the outer optimiser."""
+    staleness: int = 1
+    """stale, hybrid: steps that no copy runs ahead of the others."""
+    compression: Literal["none", "bf16", "fp16", "int8", "topk", "sign", "powersgd"] = "none"
+    """How gradients are summed, see `dist/compression.py`; not with zero > 0."""
+    density: float = 0.01
+    """topk: share of the numbers that are sent."""
+    powersgd_rank: int = 4
+    layerwise: bool = False
+    """Compress only the largest tensors so, smaller ones to int8; routers, norms and biases are exact anyway."""
     timeout_s: float = 300.0
     """A rank that lets the others wait longer than this ends the run everywhere."""
     restarts: int = 0
     """Times that `moestro train` starts the ranks again, from the last checkpoint, when one is lost."""
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "dp_shard", "restarts", "ranks_per_node"):
+        for name in ("ranks", "dp_shard", "restarts", "ranks_per_node", "sync_after", "staleness"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"dist.{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("pp", "dp_replicate", "tp", "ep", "stages_per_rank"):
+        for name in ("pp", "dp_replicate", "tp", "ep", "stages_per_rank", "powersgd_rank", "sync_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"dist.{name} is {getattr(self, name)}; it must be 1 or more")
+        if not 0 < self.density <= 1:
+            raise ConfigError(f"dist.density is {self.density}; it must be above 0 and at most 1")
+        if self.compression != "none" and self.zero:
+            raise ConfigError(
+                f"dist.compression is {self.compression} with dist.zero {self.zero}, whose sums torch makes; "
+                "choose dist.zero=0 or dist.compression=none"
+            )
+        if self.sync != "step" and (self.dp_replicate < 2 or self.zero or self.pp > 1):
+            raise ConfigError(
+                f"dist.sync is {self.sync} with dp_replicate {self.dp_replicate}, zero {self.zero}, pp {self.pp}; "
+                "it needs 2 or more copies, zero=0 and pp=1"
+            )
+        if self.sync == "hybrid" and self.dp_shard == 1:
+            raise ConfigError("dist.sync is hybrid with dp_shard 1: a copy is one rank; use dist.sync=stale")
         if self.timeout_s <= 0:
             raise ConfigError(f"dist.timeout_s is {self.timeout_s}; it must be above 0")

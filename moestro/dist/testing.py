@@ -7,6 +7,7 @@ For tests and benchmarks. The caller must not have used more than one OpenMP thr
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -53,7 +54,7 @@ def _results(readers: list[Connection], processes: list[Any], timeout_s: float) 
         for rank in set(range(len(readers))) - set(results):
             alive = processes[rank].is_alive()
             if readers[rank].poll(0.01):
-                error, results[rank] = readers[rank].recv()
+                error, results[rank] = pickle.loads(readers[rank].recv_bytes())
                 if error:
                     raise RankFailed(f"rank {rank}: {error}")
             elif not alive:
@@ -74,5 +75,5 @@ def _rank(rank: int, ranks: int, folder: Path, out: Connection, function: Callab
         dist.barrier()
     except BaseException:
         error = traceback.format_exc()
-    out.send((error, result))
+    out.send_bytes(pickle.dumps((error, result)))  # by value: a tensor in shared memory would end with its process
     os._exit(1 if error else 0)

@@ -74,6 +74,23 @@ class Engine(Protocol):
         """Shrink gradients so that their norm is at most `most`."""
         ...
 
+    def before_update(self) -> None:
+        """The optimiser is about to move the weights."""
+        ...
+
+    def after_update(self, steps_done: int) -> None:
+        """After every step, applied or not."""
+        ...
+
+    def meet(self) -> None:
+        """Make copies equal that learn apart; before checkpoints and evaluations."""
+        ...
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes this rank has sent for gradients or updates so far."""
+        ...
+
     def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
         """Loss and records of all ranks from our shares of them."""
         ...
@@ -142,6 +159,20 @@ class OneRank:
         """See `Engine`."""
         assert self.model is not None
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
+
+    def before_update(self) -> None:
+        """Nothing to do."""
+
+    def after_update(self, steps_done: int) -> None:
+        """Nothing to do."""
+
+    def meet(self) -> None:
+        """Nothing to do."""
+
+    @property
+    def sent_bytes(self) -> float:
+        """None."""
+        return 0.0
 
     def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
         """They are whole."""

@@ -227,6 +227,8 @@ class _Session:
             "tokens_per_s": round(train.tokens_per_step / result.step_s, 1),
         }
         facts |= {name: round(getattr(result, name), 5) for name in ("data_s", "forward_s", "backward_s", "update_s")}
+        if self.engine.sent_bytes:
+            facts["sent_bytes"] = round(self.engine.sent_bytes)
         if result.records:
             records = result.records
             facts["experts"] = [round(record.mean_experts, 4) for record in records]
@@ -257,6 +259,7 @@ class _Session:
     def evaluate(self, limit: int) -> Evaluation:
         """Measure on held-out text and log it."""
         train, trainer = self.recipe.train, self.trainer
+        self.engine.meet()
         evaluation = evaluate(
             trainer.model,
             self.data,
@@ -283,6 +286,7 @@ class _Session:
         target = self.folder.checkpoint(step)
         if self.engine.first(target.exists):
             return
+        self.engine.meet()
         try:
             trainer.save(target, self.data, lambda: self.saved(target, step), wait=must)
         except CheckpointError as error:

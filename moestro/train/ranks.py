@@ -25,6 +25,7 @@ from moestro.dist.mesh import Mesh, join, under_torchrun
 from moestro.dist.pipeline import Pipeline
 from moestro.dist.reduce import GradientSum, scale_gradients, total_norm
 from moestro.dist.shard import Parts, cut, held_rows, local, pieces
+from moestro.dist.synchronise import Synchroniser, average, make_synchroniser
 from moestro.dist.watch import Watch
 from moestro.dist.zero import shard
 from moestro.nn.decoder import Decoder, Output
@@ -66,7 +67,13 @@ def enlist(recipe: Recipe) -> Engine:
 
 
 def check_pipeline(recipe: Recipe, layout: Layout, rows: int) -> None:
-    """Raise ConfigError for what does not go together with pp."""
+    """Raise ConfigError for what does not go together with pp, or with copies that learn apart."""
+    train, every = recipe.train, recipe.dist.sync_every
+    if recipe.dist.sync != "step" and any(n % every for n in (train.checkpoint_every, train.evaluate_every)):
+        raise ConfigError(
+            f"train.checkpoint_every is {train.checkpoint_every} and train.evaluate_every {train.evaluate_every}; with "
+            f"dist.sync {recipe.dist.sync} both must be multiples of dist.sync_every = {every}, where copies meet"
+        )
     if layout.pp == 1:
         return
     if rows % layout.dp:
@@ -95,12 +102,16 @@ class Ranks:
         self.sharded: list[FSDPModule] = []
         self.pipeline: Pipeline | None = None
         self.tied: nn.Parameter | None = None
+        self.synchroniser: Synchroniser | None = None
+        self.buffers: list[Tensor] = []
+        self.steps = 0
         self.layers: list[int] = []
         self.numbers = 0
         self.saving: Saving | None = None
         self.done: Done = lambda: None
         self.watch = Watch(self.mesh.rank, layout.world, self.spec.timeout_s) if "MASTER_ADDR" in os.environ else None
-        self.leads, self.split = self.mesh.rank == 0, self.mesh["dp"]
+        self.apart = recipe.dist.sync != "step"
+        self.leads, self.split = self.mesh.rank == 0, self.mesh["dp_shard" if self.apart else "dp"]
         self.layout = f"{layout.world} ranks: {layout.text()}"
         self.parts: Parts = {}
         self.parameters: dict[str, nn.Parameter] = {}
@@ -126,8 +137,12 @@ class Ranks:
                 self.tied = dict(model.named_parameters())["embedding.weight"]
                 self.parts["embedding.weight"] = replace(self.parts["embedding.weight"], same_on=("dp", "tp", "ends"))
         self.sharded = shard(model, self.mesh, self.spec.zero) if self.spec.zero else []
-        self.parameters = dict(model.named_parameters())
-        self.sum_gradients = GradientSum(self.parameters, self.parts, self.mesh)
+        self.parameters, self.buffers = dict(model.named_parameters()), list(model.buffers())
+        inside = replace(self.spec, compression="none") if self.apart else self.spec
+        self.sum_gradients = GradientSum(self.parameters, self.parts, self.mesh, inside)
+        self.synchroniser = make_synchroniser(self.parameters, self.mesh["dp_replicate"], self.spec)
+        between = {name: replace(held, sum_over="dp_replicate") for name, held in self.parts.items()}
+        self.sum_copies = GradientSum(self.parameters, between, self.mesh, inside) if self.synchroniser else None
 
     def begin_micro_batch(self, last: bool) -> None:
         """See `Engine`; with zero = 1 gradients stay whole until the last one."""
@@ -140,16 +155,48 @@ class Ranks:
         for module in self.sharded:
             module.reshard()
 
+    def meet(self) -> None:
+        """See `Engine`."""
+        if self.synchroniser:
+            self.synchroniser.meet()
+            average(self.buffers, self.mesh["dp_replicate"])
+
     def own_rows(self, token_BS: Tensor) -> tuple[Tensor, float]:
         """Neighbouring rows, as many on every rank as on any other, or one more."""
-        rows, ranks, index = len(token_BS), self.split.size, self.split.index
-        first, last = rows * index // ranks, rows * (index + 1) // ranks
-        return token_BS[first:last], (last - first) / rows
+        rows, every = len(token_BS), self.mesh["dp"]
+        first, last = rows * every.index // every.size, rows * (every.index + 1) // every.size
+        if not self.apart:
+            return token_BS[first:last], (last - first) / rows
+        copy, copies = self.mesh["dp_replicate"].index, self.mesh["dp_replicate"].size
+        of_copy = rows * (copy + 1) // copies - rows * copy // copies
+        return token_BS[first:last], (last - first) / of_copy
 
     def finish_gradients(self) -> Tensor:
         """See `Engine`."""
         self.sum_gradients()
-        return total_norm(self.parameters, self.parts, self.mesh)
+        if self.sum_copies and self.steps < self.spec.sync_after:  # post-local: synchronous at first
+            self.sum_copies()
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad /= self.mesh["dp_replicate"].size
+        return total_norm(self.parameters, self.parts, self.mesh, self.apart)
+
+    def before_update(self) -> None:
+        """See `Engine`."""
+        if self.synchroniser:
+            self.synchroniser.before_step()
+
+    def after_update(self, steps_done: int) -> None:
+        """See `Engine`."""
+        self.steps = steps_done
+        if self.synchroniser:
+            self.synchroniser.after_step(steps_done)
+
+    @property
+    def sent_bytes(self) -> float:
+        """For gradients or updates of dense weights and experts, by this rank, so far."""
+        between = self.synchroniser.sent_bytes if self.synchroniser else 0.0
+        return self.sum_gradients.sent_bytes + between + (self.sum_copies.sent_bytes if self.sum_copies else 0.0)
 
     def clip(self, norm: Tensor, most: float) -> None:
         """See `Engine`."""
@@ -195,6 +242,8 @@ class Ranks:
 
     def between_steps(self, stop: bool) -> tuple[bool, CheckpointError | None]:
         """See `Engine`; also completes a checkpoint that all ranks have written."""
+        if self.apart and self.steps % self.spec.sync_every:
+            return False, None
         writing = self.saving is not None and not self.saving.finished
         flags = self.mesh["world"].sum(torch.tensor([float(stop), float(writing)], device=self.mesh.device))
         stops, writers = flags.tolist()
@@ -286,7 +335,9 @@ class Ranks:
             torch.set_rng_state(state.read(mine))
         else:  # fewer ranks wrote it
             torch.manual_seed(trainer.recipe.seed + manifest["step"] * self.split.size + self.split.index)
-        return int(manifest["step"])
+        self.steps = int(manifest["step"])
+        self.synchroniser = make_synchroniser(self.parameters, self.mesh["dp_replicate"], self.spec)
+        return self.steps
 
     def _read(self, shards: Shards, name: str, place: str, tensor: Tensor) -> None:
         """Fill a tensor with its boxes."""

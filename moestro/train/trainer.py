@@ -100,6 +100,7 @@ class Trainer:
         self._update(result)
         result.update_s = watch.lap()
         self.step += 1
+        self.engine.after_update(self.step)
         return result
 
     def autocast(self) -> torch.autocast:
@@ -112,6 +113,7 @@ class Trainer:
         norm = self.engine.finish_gradients()
         result.grad_norm = float(norm)
         result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        self.engine.before_update()
         if result.applied:
             if spec.clip:
                 self.engine.clip(norm, spec.clip)

@@ -238,6 +238,27 @@ def test_every_number_is_written_by_exactly_one_rank(make_recipe: MakeRecipe) ->
         assert sum(size for other, size in written if other == name) == tensor.numel(), name
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("dist.compression=topk", "dist.density=0.05"),
+        ("dist.compression=int8", "dist.layerwise=true"),
+        ("dist.sync=local", "dist.sync_every=3"),
+        ("dist.sync=diloco", "dist.sync_every=3", "dist.sync_after=3", "dist.compression=int8"),
+        ("dist.sync=stale", "dist.sync_every=3", "dist.staleness=2"),
+        ("dist.sync=hybrid", "dist.sync_every=3", "dist.dp_shard=2", "dist.ep=2"),
+    ],
+    ids=" ".join,
+)
+def test_fewer_bytes_and_later_updates_still_learn(make_recipe: MakeRecipe, settings: tuple[str, ...]) -> None:
+    recipe = make_recipe("train.steps=30", "train.checkpoint_every=15", "dist.dp_replicate=2", *settings)
+    evaluations = run_on_ranks(run_all, recipe, ranks=4 if "dist.dp_shard=2" in settings else 2)
+    assert evaluations[0] == evaluations[-1]  # the copies have met
+    assert evaluations[0].loss < 4.5  # from ln 257 = 5.55
+    steps = [event for event in read_events(RunFolder(recipe.out).events) if event["event"] == "step"]
+    assert steps[-1]["sent_bytes"] > 0
+
+
 def test_the_layout_is_part_of_the_log(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe("dist.ep=2", "train.steps=1")
     run_on_ranks(run_all, recipe, ranks=2)
