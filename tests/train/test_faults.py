@@ -78,7 +78,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_bits_of_an_undisturbed_one
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     kills = int(os.environ.get("MOESTRO_KILLS", "3"))
-    settings = ["train.evaluate_every=0", "train.checkpoint_every=3", f"train.steps={30 * kills}"]
+    settings = ["train.evaluate_every=0", "train.checkpoint_every=3", f"train.steps={100 * kills}"]
     calm = make_recipe(f"out={tmp_path}/calm", *settings)
     process = launched(calm, tmp_path, "dist.ep=3", "model.moe.num_experts=6")
     process.communicate()
