@@ -1,4 +1,5 @@
 # make demo    set up, then train the demo model and write its report (minutes on two cores)
+# make demo-distributed   the same model for 40 steps on 4 local ranks and on one: the same curve
 # make test    set up, then run the tests            make check   format, lint and types
 # make bench   speed and memory tables               make bench-routing   compare routing rules (hours)
 # make bench-package   speed and size of packages and updates, and a million hostile mutants (an hour; 12 GB of disk)
@@ -7,12 +8,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
+SHORT := train.steps=40 train.precision=fp32 data.tokenizer=bytes train.evaluate_every=0
 
-.PHONY: demo test test-all check bench bench-package bench-plan bench-routing env clean
+.PHONY: demo demo-distributed test test-all check bench bench-package bench-plan bench-routing env clean
 
 demo: env
 	$(BIN)/moestro train recipes/demo.toml out=$(OUT)
+
+demo-distributed: env
+	$(BIN)/moestro train recipes/demo.toml $(SHORT) out=$(OUT)/ranks dist.ranks=4 dist.ep=2
+	$(BIN)/moestro train recipes/demo.toml $(SHORT) out=$(OUT)/one
+	$(BIN)/python scripts/same_curve.py $(OUT)/ranks $(OUT)/one
 
 test: env
 	$(BIN)/python -m pytest -m "not slow and not gpu"

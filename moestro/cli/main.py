@@ -101,5 +101,6 @@ def main() -> None:
     try:
         app()
     except Error as error:
-        print(f"moestro: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"moestro: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,5 +1,6 @@
-"""What train and resume share on a terminal: progress, Ctrl-C, and what to say at the end."""
+"""What train and resume share on a terminal: ranks, progress, Ctrl-C, and what to say at the end."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -8,14 +9,23 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from moestro.core.errors import Error, RankLostError
 from moestro.core.units import duration_text
 
 if TYPE_CHECKING:  # torch is imported by the command that needs it
+    from moestro.train.engine import Engine
     from moestro.train.loop import Outcome, Stop
     from moestro.train.progress import Watcher
+    from moestro.train.recipe import Recipe
+
+    Work = Callable[[Watcher, Stop, Engine], Outcome]
 
 STOPPED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+
+LOST = 75
+"""Exit status of a rank that has lost another: the launcher may start all again."""
 
 
 class Interrupt:
@@ -40,23 +50,63 @@ class Interrupt:
         if self.asked:
             sys.exit(STOPPED)
         self.asked = True
-        print("\nstopping after this step; once more ends at once", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopping after this step; once more ends at once", file=sys.stderr)
 
 
-def run_with_progress(steps: int, work: "Callable[[Watcher, Stop], Outcome]") -> None:
+def run_with_progress(recipe: "Recipe", work: "Work") -> None:
+    """Run `work` on this rank, or on the ranks the recipe asks for, which are started here."""
+    from moestro.dist.mesh import under_torchrun
+
+    if recipe.dist.ranks > 1 and not under_torchrun():
+        from moestro.dist.launch import launch
+
+        status = launch(lambda: run_rank(recipe, work), recipe.dist.ranks, recipe.dist.restarts)
+        if status:
+            raise typer.Exit(status)
+    elif status := run_rank(recipe, work):
+        raise typer.Exit(status)
+
+
+def run_rank(recipe: "Recipe", work: "Work") -> int:
+    """One rank's work; only the leader shows progress and errors. Returns the exit status."""
+    from moestro.dist.mesh import leave
+    from moestro.train.progress import Silent
+    from moestro.train.ranks import enlist
+
+    with Interrupt() as interrupt:
+        try:
+            engine = enlist(recipe)
+            if engine.leads:
+                return run_leader(recipe, lambda watcher: work(watcher, interrupt, engine))
+            return 0 if work(Silent(), interrupt, engine).finished else STOPPED
+        except RankLostError as error:
+            if error.ours:
+                print(f"moestro: {error}", file=sys.stderr, flush=True)
+            os._exit(LOST)  # at once: leaving the group in order would wait for the lost rank
+        except Error as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"moestro: {error}", file=sys.stderr)
+            return 1
+        finally:
+            leave()
+
+
+def run_leader(recipe: "Recipe", work: "Callable[[Watcher], Outcome]") -> int:
     """Run `work` under a progress display, write the report, say where everything is."""
     from moestro.train.progress import Terminal
     from moestro.train.report import write_report
 
-    with Interrupt() as interrupt, Terminal(steps) as terminal:
-        outcome = work(terminal, interrupt)
+    with Terminal(recipe.train.steps) as terminal:
+        outcome = work(terminal)
         root = outcome.folder.root
         if not outcome.finished:
             terminal.say(f"stopped after step {outcome.step} and saved; go on with: moestro resume {root}")
-            raise typer.Exit(STOPPED)
+            return STOPPED
         report = write_report(outcome.folder)
         assert outcome.evaluation is not None
         terminal.say(f"held-out: {outcome.evaluation.bits_per_byte:.3f} bits/byte after {outcome.step} steps")
         others = ", ".join(f"{name} {bits:.3f}" for name, bits in outcome.compressors.items())
         terminal.say(f"same files, one by one: {others} bits/byte")
         terminal.say(f"trained in {duration_text(outcome.seconds)}; report: {report}; model: moestro generate {root}")
+    return 0

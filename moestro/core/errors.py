@@ -7,6 +7,7 @@
   - CheckpointError      a checkpoint is damaged or foreign
   - FamilyError          another project's model cannot be read or written without loss
   - TrainingError        training cannot go on
+    - RankLostError      because another rank was killed, hangs, or cannot be reached
   - PackageError         a package cannot be trusted or used
     - FormatError        bytes break a rule of the format
     - LimitExceeded      a size, count or depth is above a limit of the format
@@ -54,6 +55,17 @@ class FamilyError(Error):
 
 class TrainingError(Error):
     """Training cannot go on."""
+
+
+class RankLostError(TrainingError):
+    """Another rank was killed, hangs, or cannot be reached.
+
+    ours   we are the first to say so, and should print it
+    """
+
+    def __init__(self, message: str, ours: bool) -> None:
+        super().__init__(message)
+        self.ours = ours
 
 
 class PackageError(Error):

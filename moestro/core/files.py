@@ -47,24 +47,30 @@ def folder_aside(path: Path) -> Iterator[Path]:
     An existing `path` is replaced only after the new folder is complete. Raises StorageError when the disk
     is full or refuses; then `path` is as it was.
     """
-    aside, old = path.with_name(path.name + ASIDE), path.with_name(path.name + ".old" + ASIDE)
+    aside = path.with_name(path.name + ASIDE)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        for file in aside.rglob("*"):
-            flush_path(file)
-        flush_path(aside)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        aside.rename(path)
-        flush_path(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(aside, path)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Flush a complete folder and give it its name; what had the name is deleted after that."""
+    old = path.with_name(path.name + ".old" + ASIDE)
+    for file in aside.rglob("*"):
+        flush_path(file)
+    flush_path(aside)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    aside.rename(path)
+    flush_path(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def flush_path(path: Path) -> None:

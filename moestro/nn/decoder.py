@@ -98,17 +98,21 @@ class Decoder(nn.Module):
     def loss(self, token_BS: Tensor, caches: list[Cache] | None = None) -> tuple[Tensor, list[RoutingRecord]]:
         """Mean cross-entropy in nats of every token but the first of each row, and the layers' records."""
         x_BSD, records = self.stream(token_BS[:, :-1], caches)
-        x_TD, target_T = x_BSD.flatten(0, 1), token_BS[:, 1:].flatten()
+        return self.head_loss(x_BSD, token_BS[:, 1:]), records
+
+    def head_loss(self, x_BSD: Tensor, target_BS: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of the normalised stream's predictions."""
+        x_TD, target_T = x_BSD.flatten(0, 1), target_BS.flatten()
         if cpu.usable(x_TD) and torch.is_grad_enabled() and self.head_weight_VD.dtype == torch.float32:
-            return head_loss(x_TD, self.head_weight_VD, target_T), records
-        return token_loss(F.linear(x_TD, self.head_weight_VD), target_T), records
+            return head_loss(x_TD, self.head_weight_VD, target_T)
+        return token_loss(F.linear(x_TD, self.head_weight_VD), target_T)
 
     def stream(self, token_BS: Tensor, caches: list[Cache] | None = None) -> tuple[Tensor, list[RoutingRecord]]:
         """The normalised residual stream after the last block, and the layers' records."""
         x_BSD = self.embedding(token_BS)
         records: list[RoutingRecord] = []
         for layer, block in enumerate(self.blocks):
-            x_BSD, record = self._run(block, x_BSD, caches[layer] if caches is not None else None)
+            x_BSD, record = self.run_block(block, x_BSD, caches[layer] if caches is not None else None)
             if record is not None:
                 records.append(record)
         return self.norm(x_BSD), records
@@ -118,7 +122,7 @@ class Decoder(nn.Module):
         """The output head's matrix: its own, or the embedding."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def _run(self, block: nn.Module, x_BSD: Tensor, cache: Cache | None) -> tuple[Tensor, RoutingRecord | None]:
+    def run_block(self, block: nn.Module, x_BSD: Tensor, cache: Cache | None) -> tuple[Tensor, RoutingRecord | None]:
         if not (self.recompute and torch.is_grad_enabled()):
             result: tuple[Tensor, RoutingRecord | None] = block(x_BSD, cache)
             return result

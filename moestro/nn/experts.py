@@ -9,7 +9,8 @@ Three ways that give the same result:
     grouped   torch.nn.functional.grouped_mm: one launch for all experts (no float64; rows of 16 bytes)
     fused     nn/kernels/fused_experts.py: gather, products and combine in one pass over CPU caches
 
-Dimension key:  N routed rows   D width   E experts   F expert width   R rank of what experts do not share
+Dimension key:  T tokens, or rows that came from other ranks   K slots of each   N routed rows   D width   E experts
+                F expert width   R rank of what experts do not share
 """
 
 import math
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.core.specs import MoESpec
+from moestro.nn.kernels.fused_experts import fused_experts
+from moestro.nn.permute import Order, combine_rows, gather_rows
 
 Path = Literal["loop", "grouped", "fused"]
 
@@ -63,14 +66,21 @@ class Experts(nn.Module):
         self.gate_up_EDF = nn.Parameter(torch.empty(num, width, 2 * hidden))
         self.down_EFD = nn.Parameter(torch.empty(num, hidden, width))
 
-    def forward(self, x_ND: Tensor, weight_N: Tensor, count_E: Tensor, path: Path = "loop") -> Tensor:
-        """Apply expert e to its rows.
+    def forward(self, x_TD: Tensor, weight_TK: Tensor, order: Order, path: Path = "loop") -> Tensor:
+        """Apply to every row its experts, and add up.
 
-        x_ND      rows grouped by expert
-        weight_N  routing weight of each row, float32
-        count_E   rows of each expert, int64
-        returns   out_ND in x's type
+        x_TD       rows, one per token
+        weight_TK  routing weights, float32
+        order      the rows' slots grouped by expert, counted from the first expert here
+        returns    y_TD in x's type; a row without experts gets zeros
         """
+        if path == "fused":
+            return fused_experts(x_TD, weight_TK, order, self.gate_up_EDF, self.down_EFD)
+        weight_N = weight_TK.flatten()[order.source_N]
+        return combine_rows(self.apply_rows(gather_rows(x_TD, order), weight_N, order.count_E, path), order)
+
+    def apply_rows(self, x_ND: Tensor, weight_N: Tensor, count_E: Tensor, path: Path) -> Tensor:
+        """out_ND: expert e applied to its count_E rows; rows are grouped by expert."""
         product = product_grouped if path == "grouped" else product_loop
         act_NF = swiglu(product(x_ND, count_E, self.gate_up_EDF), weight_N)
         return product(act_NF, count_E, self.down_EFD)
@@ -96,8 +106,13 @@ class LowRankExperts(nn.Module):
         self.down_a_EFR = nn.Parameter(torch.empty(num, hidden, rank))
         self.down_b_ERD = nn.Parameter(torch.empty(num, rank, width))
 
-    def forward(self, x_ND: Tensor, weight_N: Tensor, count_E: Tensor, path: Path = "loop") -> Tensor:
+    def forward(self, x_TD: Tensor, weight_TK: Tensor, order: Order, path: Path = "loop") -> Tensor:
         """As `Experts.forward`."""
+        weight_N = weight_TK.flatten()[order.source_N]
+        return combine_rows(self.apply_rows(gather_rows(x_TD, order), weight_N, order.count_E, path), order)
+
+    def apply_rows(self, x_ND: Tensor, weight_N: Tensor, count_E: Tensor, path: Path) -> Tensor:
+        """As `Experts.apply_rows`."""
         product = product_grouped if path == "grouped" else product_loop
         own_NF = product(product(x_ND, count_E, self.gate_up_a_EDR), count_E, self.gate_up_b_ERF)
         act_NF = swiglu(x_ND @ self.gate_up_DF.to(x_ND.dtype) + own_NF, weight_N)

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from moestro.core.specs import MoESpec
 from moestro.nn.experts import AnyExperts, Experts, LowRankExperts, Path, takes_grouped
 from moestro.nn.kernels import cpu
-from moestro.nn.kernels.fused_experts import fused_experts
-from moestro.nn.permute import combine_rows, gather_rows, sort_by_expert
+from moestro.nn.permute import sort_by_expert
 from moestro.nn.router import Router, RoutingRecord
 from moestro.nn.routing_rules import Choice
 
@@ -36,11 +35,8 @@ class Local:
 
     def __call__(self, x_TD: Tensor, choice: Choice, experts: AnyExperts, path: Path) -> Tensor:
         """See `Dispatcher`."""
-        order = sort_by_expert(choice.expert_TK, experts.num_experts)
-        if path == "fused" and isinstance(experts, Experts):
-            return fused_experts(x_TD, choice.weight_TK, order, experts.gate_up_EDF, experts.down_EFD)
-        weight_N = choice.weight_TK.flatten()[order.source_N]
-        return combine_rows(experts(gather_rows(x_TD, order), weight_N, order.count_E, path), order)
+        y_TD: Tensor = experts(x_TD, choice.weight_TK, sort_by_expert(choice.expert_TK, experts.num_experts), path)
+        return y_TD
 
 
 class FeedForward(nn.Module):
@@ -83,12 +79,7 @@ class MoE(nn.Module):
         if self.path != "auto":
             return self.path
         own = isinstance(self.experts, Experts)
-        if (
-            own
-            and isinstance(self.dispatcher, Local)
-            and cpu.usable(x_TD)
-            and self.experts.down_EFD.dtype == torch.float32
-        ):
+        if own and cpu.usable(x_TD) and self.experts.down_EFD.dtype == torch.float32:
             return "fused"
         rank = () if own else (self.spec.sharing_rank,)
         return "grouped" if takes_grouped(x_TD, self.experts.width, self.experts.hidden, *rank) else "loop"

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from moestro.core.specs import RouterSpec
 from moestro.nn import losses
 from moestro.nn import routing_rules as rules
+from moestro.nn.peers import Alone, Peers
 from moestro.nn.routing_budget import Budget, budget_at, histogram
 from moestro.nn.routing_rules import Choice, Scores
 
@@ -38,7 +39,7 @@ class RoutingRecord:
     """Realised assignments per expert."""
     tokens: int
     loss: Tensor
-    """Weighted router losses, differentiable, mean over tokens."""
+    """Weighted router losses, differentiable, mean over tokens; with peers, this rank's share of it."""
     balance: Tensor
     """Unweighted load-balancing loss: 1 when even."""
     entropy: Tensor
@@ -99,6 +100,7 @@ class Router(nn.Module):
         self.spec, self.num_experts = spec, num_experts
         columns = num_experts + (spec.num_null if spec.rule == "null" else 0)
         self.weight_ED = nn.Parameter(torch.empty(columns, width))
+        self.peers: Peers = Alone()
         self.budget = Budget(spec.threshold_decay, spec.integral_gain)
         if spec.rule == "topp" and spec.threshold:
             self.budget.threshold.fill_(spec.threshold)
@@ -159,27 +161,31 @@ class Router(nn.Module):
                 weight_TE = scores.logit_TE.relu()
                 return rules.by_mask(weight_TE > 0, weight_TE), None
             case "expert_choice":
-                taken_TE, cutoff_E = rules.best_tokens(scores.select_TE, spec.mean_experts)
                 if not self.training:  # a token's experts may not depend on later tokens
-                    taken_TE = scores.select_TE >= self.cutoff_E
-                return rules.by_mask(taken_TE, scores.score_TE), cutoff_E
+                    return rules.by_mask(scores.select_TE >= self.cutoff_E, scores.score_TE), None
+                every_TE, own = self.peers.gather(scores.select_TE)
+                taken_TE, cutoff_E = rules.best_tokens(every_TE, spec.mean_experts)
+                return rules.by_mask(taken_TE[own], scores.score_TE), cutoff_E
             case "quantile":
                 share = max(1 - spec.mean_experts / self.num_experts, 0.0)
-                wanted_E = torch.quantile(scores.select_TE, share, dim=0) if self.training else None
+                wanted_E = (
+                    torch.quantile(self.peers.gather(scores.select_TE)[0], share, dim=0) if self.training else None
+                )
                 return rules.by_mask(scores.select_TE > self.cutoff_E, scores.score_TE), wanted_E
 
     def _record(self, scores: Scores, choice: Choice, cutoff_E: Tensor | None, sequences: int) -> RoutingRecord:
         used_TK = choice.expert_TK < self.num_experts
         count_E = torch.bincount(choice.expert_TK[used_TK], minlength=self.num_experts).float()
         prob_TE = scores.score_TE if self.spec.score == "softmax" else F.normalize(scores.score_TE, p=1, dim=-1)
-        balance = self._balance(prob_TE, choice.expert_TK, count_E, sequences)
+        whole_E, tokens = self._whole(count_E, len(prob_TE))
+        balance = self._balance(prob_TE, choice.expert_TK, whole_E, sequences, tokens)
         decisions = None if choice.decision_TJ is None or not self.training else choice.decision_TJ
         return RoutingRecord(
             count_E=count_E,
             tokens=len(choice.expert_TK),
-            loss=self._loss(scores, choice, balance, count_E),
+            loss=self._loss(scores, choice, balance, whole_E, tokens),
             balance=balance.detach(),
-            entropy=losses.mean_entropy(prob_TE.detach()),
+            entropy=losses.mean_entropy(prob_TE.detach(), tokens),
             experts_T=used_TK.sum(-1),
             decision_B=None if decisions is None else histogram(decisions),
             decisions=1 if decisions is None else decisions.shape[1],
@@ -187,29 +193,39 @@ class Router(nn.Module):
             solved_bias_E=self._solved_bias(scores) if self.training else None,
         )
 
-    def _balance(self, prob_TE: Tensor, expert_TK: Tensor, count_E: Tensor, sequences: int) -> Tensor:
+    def _whole(self, count_E: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Counts and tokens of the micro-batch on all ranks; None where the tokens here are all there are."""
+        if not self.training or isinstance(self.peers, Alone):
+            return count_E, None
+        whole = self.peers.sum(torch.cat([count_E, count_E.new_tensor([tokens])]))
+        return whole[:-1], whole[-1]
+
+    def _balance(
+        self, prob_TE: Tensor, expert_TK: Tensor, count_E: Tensor, sequences: int, tokens: Tensor | None
+    ) -> Tensor:
         if self.spec.aux_scope == "sequence":
-            return losses.sequence_balance_loss(prob_TE[:, : self.num_experts], expert_TK, sequences)
+            return losses.sequence_balance_loss(prob_TE[:, : self.num_experts], expert_TK, sequences, tokens)
         if self.spec.aux_scope == "global":
             count_E = count_E + self.step_count_E
         idle = prob_TE.shape[1] - self.num_experts
         if idle:  # idle experts count as equal shares of all that went to any of them
-            rest = (expert_TK.numel() - count_E.sum()).clamp(min=0) / idle
+            slots = expert_TK.numel() if tokens is None else expert_TK.shape[1] * tokens
+            rest = (slots - count_E.sum()).clamp(min=0) / idle
             count_E = torch.cat([count_E, rest.expand(idle)])
-        return losses.balance_loss(prob_TE, count_E)
+        return losses.balance_loss(prob_TE, count_E, tokens)
 
-    def _loss(self, scores: Scores, choice: Choice, balance: Tensor, count_E: Tensor) -> Tensor:
+    def _loss(self, scores: Scores, choice: Choice, balance: Tensor, count_E: Tensor, tokens: Tensor | None) -> Tensor:
         spec = self.spec
         if spec.rule == "relu":
-            return self.l1 * losses.sparsity_loss(choice.weight_TK, count_E, spec.mean_experts)
+            return self.l1 * losses.sparsity_loss(choice.weight_TK, count_E, spec.mean_experts, tokens)
         loss = spec.aux_loss * balance
-        return loss + spec.z_loss * losses.z_loss(scores.logit_TE) if spec.z_loss else loss
+        return loss + spec.z_loss * losses.z_loss(scores.logit_TE, tokens) if spec.z_loss else loss
 
     @torch.no_grad()
     def _solved_bias(self, scores: Scores) -> Tensor | None:
         if self.spec.selection_bias != "quantile":
             return None
-        return balancing_bias(scores.score_TE, self.spec.expected_experts)
+        return balancing_bias(self.peers.gather(scores.score_TE)[0], self.spec.expected_experts)
 
     @torch.no_grad()
     def update(self, record: RoutingRecord, progress: float) -> None:
@@ -242,7 +258,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def count_micro_batch(self, record: RoutingRecord) -> None:
         """Let later micro-batches of the same step see this one's loads; for aux_scope global."""
-        self.step_count_E += record.count_E
+        if self.spec.aux_scope == "global":
+            self.step_count_E += self.peers.sum(record.count_E)
 
 
 def balancing_bias(score_TE: Tensor, mean_experts: float) -> Tensor:

@@ -8,8 +8,9 @@
                state.safetensors      random state, recurrent memory (a run's checkpoints only)
                manifest.json          step, and the SHA-256 of every other file
 
-An imported model has the same form without the optimiser (`train/import_folder.py`). Writing goes aside, is read back
-and compared, flushed, and renamed; older checkpoints are deleted only after that.
+A run on several ranks writes model-00000.safetensors and so on instead, see `train/shards.py`; everything here reads
+both. An imported model has the same form without the optimiser (`train/import_folder.py`). Writing goes aside, is read
+back and compared, flushed, and renamed; older checkpoints are deleted only after that.
 """
 
 import json
@@ -20,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moestro.core.config import build, to_table
@@ -32,6 +31,7 @@ from moestro.core.tokens import Tokenizer, load_tokenizer
 from moestro.nn.attention import Cache
 from moestro.nn.decoder import Decoder
 from moestro.train.run_folder import RunFolder
+from moestro.train.shards import Shards, save_checked
 
 FORMAT = "moestro-checkpoint-1"
 ORIGIN = "origin.json"
@@ -65,34 +65,15 @@ def save_model(
         if state is not None:
             parts |= {"optimizer": state.moments, "state": state.other}
         for name, tensors in parts.items():
-            _save_checked(aside / f"{name}.safetensors", tensors)
+            save_checked(aside / f"{name}.safetensors", tensors)
         digests = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
-        manifest = {"format": FORMAT, "step": state.step if state else None, "sha256": digests}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        write_manifest(aside, state.step if state else None, digests)
 
 
-def _save_checked(path: Path, tensors: Tensors) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path)
-        with safe_open(path, framework="pt") as written:
-            wrong = [name for name, tensor in plain.items() if not _same_bytes(written.get_tensor(name), tensor)]
-    except SafetensorError as error:
-        raise _as_os_error(error) from error
-    if wrong:
-        raise CheckpointError(f"{path} does not read back as written ({', '.join(wrong[:3])}); check the disk")
-
-
-def _as_os_error(error: SafetensorError) -> OSError:
-    """The library wraps the system's error in text: '... (os error 28) ...'."""
-    text = str(error)
-    number = text.partition("os error ")[2].partition(")")[0]
-    return OSError(int(number) if number.isdigit() else 5, text)
-
-
-def _same_bytes(left: Tensor, right: Tensor) -> bool:
-    flat = (tensor.reshape(-1).view(torch.uint8) for tensor in (left, right))
-    return left.shape == right.shape and torch.equal(*flat)
+def write_manifest(folder: Path, step: int | None, digests: Mapping[str, str]) -> None:
+    """The last file of a checkpoint: what it is, and the SHA-256 of all the others."""
+    manifest = {"format": FORMAT, "step": step, "sha256": dict(sorted(digests.items()))}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def verify(folder: Path) -> Mapping[str, Any]:
@@ -133,7 +114,7 @@ def load_model(folder: Path) -> tuple[Decoder, Tokenizer]:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill a model; raises CheckpointError listing every tensor that is missing, unknown or of another shape."""
-    tensors = read_tensors(folder / "model.safetensors")
+    tensors = Shards(folder, "model").all()
     own = model.state_dict()
     problems = [
         f"{name} is {list(tensors[name].shape)}, not {list(own[name].shape)}"
@@ -146,15 +127,6 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         shown = "; ".join(problems[:20]) + ("; ..." if len(problems) > 20 else "")
         raise CheckpointError(f"{folder} does not fit the model, {len(problems)} tensors differ: {shown}")
     model.load_state_dict(tensors)
-
-
-def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); use an earlier checkpoint") from error
 
 
 def capture(step: int, model: Decoder, optimizer: torch.optim.Optimizer, memory: list[list[Cache]]) -> TrainingState:
@@ -179,7 +151,7 @@ def restore(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, memo
     if not isinstance(manifest.get("step"), int):
         raise CheckpointError(f"{folder} has no optimiser state; start from it with train.init={folder}")
     load_weights(model, folder)
-    moments, other = read_tensors(folder / "optimizer.safetensors"), read_tensors(folder / "state.safetensors")
+    moments, other = Shards(folder, "optimizer").all(), Shards(folder, "state").all()
     for name, parameter in model.named_parameters():
         keys = [key for key in moments if key.partition(".")[2] == name]
         if keys:

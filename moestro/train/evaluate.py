@@ -12,7 +12,7 @@ Dimension key:  B sequences   S positions   L sparse layers   C token classes
 import gzip
 import lzma
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moestro.core.tokens import Tokenizer
+from moestro.dist.mesh import Axis, alone
 from moestro.nn.attention import Cache
-from moestro.nn.decoder import Decoder
+from moestro.nn.decoder import Decoder, Output
 from moestro.train.data import TokenData, TokenFile, windows
 
 CLASSES = ("line break", "space", "word", "number", "sign", "end or special")
@@ -82,6 +83,8 @@ def evaluate(
     sequences: int = 8,
     limit: int = 0,
     dtype: torch.dtype = torch.float32,
+    split: Axis | None = None,
+    forward: Callable[..., Output] | None = None,
 ) -> Evaluation:
     """Evaluate on the held-out tokens.
 
@@ -89,18 +92,26 @@ def evaluate(
     sequences  windows per batch
     limit      stop after this many windows, spread evenly over the text; 0 reads all of it
     dtype      of matrix products
+    split      ranks that share the windows of a batch; all get the same result
+    forward    the model's forward pass where its layers are on several ranks
     """
     was_training = model.training
+    split = split or alone("dp")
     model.eval()
     sums = _Sums(model, data.tokenizer)
-    for token_BS, caches in _batches(model, data.heldout, length, sequences, limit):
+    for all_BS, caches in _batches(model, data.heldout, length, sequences * split.size, limit):
+        own = slice(len(all_BS) * split.index // split.size, len(all_BS) * (split.index + 1) // split.size)
+        token_BS = all_BS[own] if own.stop > own.start else all_BS[:1]  # all ranks work together in every batch
         with torch.autocast(token_BS.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = model(token_BS[:, :-1], caches)
+            output = (forward or model)(token_BS[:, :-1], caches)
         losses_A = F.cross_entropy(output.logit_BSV.float().flatten(0, 1), token_BS[:, 1:].flatten(), reduction="none")
+        if own.stop == own.start:
+            continue
         sums.add(
             token_BS, losses_A, [record.experts_T for record in output.records], [r.count_E for r in output.records]
         )
     model.train(was_training)
+    sums.share(split)
     return sums.result(data.heldout)
 
 
@@ -108,7 +119,7 @@ def _batches(
     model: Decoder, tokens: TokenFile, length: int, sequences: int, limit: int
 ) -> Iterator[tuple[Tensor, list[Cache] | None]]:
     """Batches of windows; a recurrent model reads the text in order, with its memory."""
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     total = len(tokens.token_N)
     starts = list(range(0, max(total - 1, 1), length))
     if model.spec.attention.kind == "transformer_xl":
@@ -135,7 +146,7 @@ class _Sums:
     def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
         self.class_V = torch.from_numpy(token_classes(tokenizer))
         self.bytes_V = torch.tensor([len(piece) for piece in tokenizer.token_bytes()], dtype=torch.float64)
-        layers = len(model.routers)
+        layers = len(model.spec.moe_layers)
         self.nats, self.tokens, self.text_bytes = 0.0, 0, 0.0
         self.experts_LC = torch.zeros(layers, len(CLASSES), dtype=torch.float64)
         self.tokens_C = torch.zeros(len(CLASSES), dtype=torch.float64)
@@ -151,6 +162,15 @@ class _Sums:
         for layer, experts_T in enumerate(experts_LT):
             self.experts_LC[layer] += torch.bincount(class_A, weights=experts_T.cpu().double(), minlength=len(CLASSES))
             self.count_L[layer] = self.count_L[layer] + count_LE[layer].cpu()
+
+    def share(self, split: Axis) -> None:
+        """Make them the totals of all ranks."""
+        scalars = torch.tensor([self.nats, self.tokens, self.text_bytes], dtype=torch.float64)
+        tables = [scalars, self.tokens_C, self.experts_LC, *(count_E.double() for count_E in self.count_L)]
+        flat = split.sum(torch.cat([table.flatten() for table in tables]))
+        scalars, self.tokens_C, experts_A, *self.count_L = flat.split([table.numel() for table in tables])
+        self.nats, self.tokens, self.text_bytes = float(scalars[0]), int(scalars[1]), float(scalars[2])
+        self.experts_LC = experts_A.view_as(self.experts_LC)
 
     def result(self, tokens: TokenFile) -> Evaluation:
         per_layer = (self.experts_LC.sum(1) / self.tokens_C.sum()).tolist()

@@ -7,6 +7,7 @@ for bit on one CPU rank. A checkpoint that the disk refuses is reported and trie
 one must succeed.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +19,11 @@ import numpy as np
 from moestro.core.errors import CheckpointError, StorageError, TrainingError
 from moestro.core.events import EventLog
 from moestro.core.units import bytes_text, count_text
-from moestro.nn.decoder import parameter_counts
 from moestro.place.loads import LoadWriter
 from moestro.train import checkpoint
 from moestro.train.data import TokenData, open_data, prepare
 from moestro.train.device import environment
+from moestro.train.engine import Engine, OneRank
 from moestro.train.evaluate import Evaluation, compressors, evaluate
 from moestro.train.optim import lr_share
 from moestro.train.progress import Reading, Silent, Watcher
@@ -52,41 +53,53 @@ class Outcome:
     """Bits per byte of general compressors on the same held-out files."""
 
 
-def start(recipe: Recipe, watcher: Watcher | None = None, stop: Stop = lambda: False) -> Outcome:
+def start(
+    recipe: Recipe, watcher: Watcher | None = None, stop: Stop = lambda: False, engine: Engine | None = None
+) -> Outcome:
     """Begin a new run; raises ConfigError where `out` already holds one."""
-    watcher = watcher or Silent()
+    watcher, engine = watcher or Silent(), engine or OneRank()
     folder = RunFolder(recipe.out)
-    folder.create(recipe)
+    engine.first(lambda: folder.create(recipe))
     try:
         watcher.say(f"reading {recipe.data.source}, tokens: {recipe.data.tokenizer}")
-        prepare(recipe.data, folder.data)
+        engine.first(lambda: prepare(recipe.data, folder.data))
         data = open_data(folder.data)
-        trainer = Trainer(recipe, data)
+        trainer = Trainer(recipe, data, engine)
     except BaseException:
-        folder.recipe.unlink()  # nothing has begun: leave the folder free for another try
+        if engine.leads:
+            folder.recipe.unlink(missing_ok=True)  # nothing has begun: leave the folder free for another try
         raise
-    with _Session(folder, trainer, data, watcher) as session:
+    with _Session(folder, trainer, data, watcher) as session, engine.guard():
         session.begin("started")
         return session.run(stop)
 
 
-def go_on(root: Path, watcher: Watcher | None = None, stop: Stop = lambda: False) -> Outcome:
-    """Continue a run from its newest sound checkpoint, or from its start where it has none yet."""
-    watcher, folder = watcher or Silent(), RunFolder(root)
-    recipe = folder.load_recipe()
-    if folder.finished():
+def go_on(
+    root: Path,
+    watcher: Watcher | None = None,
+    stop: Stop = lambda: False,
+    engine: Engine | None = None,
+    recipe: Recipe | None = None,
+) -> Outcome:
+    """Continue a run from its newest sound checkpoint, or from its start where it has none yet.
+
+    recipe   the run's own with another [dist]; None: as it is
+    """
+    watcher, engine, folder = watcher or Silent(), engine or OneRank(), RunFolder(root)
+    recipe = recipe or folder.load_recipe()
+    if engine.first(folder.finished):
         raise TrainingError(f"{root} is finished ({recipe.train.steps} steps); look at it with moestro report {root}")
-    if not (folder.data / "data.json").exists():
-        prepare(recipe.data, folder.data)
+    if not engine.first((folder.data / "data.json").exists):
+        engine.first(lambda: prepare(recipe.data, folder.data))
     data = open_data(folder.data)
-    trainer = Trainer(recipe, data)
-    newest = next(iter(folder.checkpoints()), None)
+    trainer = Trainer(recipe, data, engine)
+    newest = engine.first(lambda: next(iter(folder.checkpoints()), None))
     if newest is not None:
-        found = checkpoint.find_checkpoint(root)
+        found = engine.first(lambda: checkpoint.find_checkpoint(root))
         if found != newest:
             watcher.say(f"{newest.name} is damaged; going on from {found.name}")
         trainer.restore(found)
-    with _Session(folder, trainer, data, watcher) as session:
+    with _Session(folder, trainer, data, watcher) as session, engine.guard():
         session.begin("resume")
         return session.run(stop)
 
@@ -97,10 +110,12 @@ class _Session:
     def __init__(self, folder: RunFolder, trainer: Trainer, data: TokenData, watcher: Watcher) -> None:
         self.folder, self.trainer, self.data, self.watcher = folder, trainer, data, watcher
         self.recipe, self.spec = trainer.recipe, trainer.model.spec
-        self.events = EventLog(folder.events)
-        layers = len(self.spec.moe_layers)
-        self.loads = LoadWriter(folder.loads, layers, self.spec.moe.num_experts) if self.spec.moe and layers else None
-        self.board: Board = open_board(folder.tensorboard, self.recipe.train.tensorboard, trainer.step)
+        self.engine, layers = trainer.engine, len(self.spec.moe_layers)
+        leads = self.engine.leads
+        self.events = EventLog(folder.events if leads else Path(os.devnull))
+        traced = leads and self.spec.moe and layers
+        self.loads = LoadWriter(folder.loads, layers, self.spec.moe.num_experts) if traced and self.spec.moe else None
+        self.board: Board = open_board(folder.tensorboard, self.recipe.train.tensorboard and leads, trainer.step)
         self.bytes_per_token = data.train.text_bytes / len(data.train.token_N)
         self.skipped, self.begun_s = 0, time.monotonic()
 
@@ -116,7 +131,7 @@ class _Session:
     def begin(self, event: str) -> None:
         """Say and log what is about to run."""
         trainer = self.trainer
-        total, active = parameter_counts(trainer.model, self.spec)
+        total, active = trainer.parameters, trainer.active_parameters
         self.events.write(
             event,
             trainer.step,
@@ -128,6 +143,7 @@ class _Session:
             train_bytes=self.data.train.text_bytes,
             heldout_bytes=self.data.heldout.text_bytes,
             environment=environment(trainer.device),
+            **({"ranks": layout} if (layout := self.engine.layout) else {}),
         )
         left_out = ", ".join(f"{number} {reason}" for reason, number in self.data.left_out.items())
         self.watcher.say(
@@ -137,6 +153,7 @@ class _Session:
         self.watcher.say(
             f"{count_text(total)} parameters, {count_text(active)} used per token, "
             f"{str(trainer.dtype).removeprefix('torch.')} on {trainer.device}"
+            + (f", {self.engine.layout}" if self.engine.layout else "")
         )
         if self.recipe.train.tensorboard and not installed():
             self.watcher.say(INSTALL)
@@ -145,7 +162,7 @@ class _Session:
         """Steps until the last or until `stop` asks."""
         train, trainer = self.recipe.train, self.trainer
         while trainer.step < train.steps:
-            if stop():
+            if self.asked_to(stop):
                 self.save(must=True)
                 return Outcome(self.folder, trainer.step, finished=False, seconds=self.seconds)
             name = trainer.batch_name()
@@ -158,9 +175,16 @@ class _Session:
                 self.save(must=False)
         evaluation = self.evaluate(limit=0)
         self.save(must=True)
-        packed = compressors(self.data)
+        packed = self.engine.first(lambda: compressors(self.data))
         self.events.write("finished", trainer.step, seconds=self.seconds, compressors=packed)
         return Outcome(self.folder, trainer.step, True, self.seconds, evaluation, packed)
+
+    def asked_to(self, stop: Stop) -> bool:
+        """Whether any rank was asked to stop; a checkpoint that could not be written meanwhile is reported."""
+        asked, problem = self.engine.between_steps(stop())
+        if problem:
+            self.watcher.say(f"{problem}; training goes on and tries again")
+        return asked
 
     @property
     def seconds(self) -> float:
@@ -203,6 +227,8 @@ class _Session:
             "tokens_per_s": round(train.tokens_per_step / result.step_s, 1),
         }
         facts |= {name: round(getattr(result, name), 5) for name in ("data_s", "forward_s", "backward_s", "update_s")}
+        if self.engine.sent_bytes:
+            facts["sent_bytes"] = round(self.engine.sent_bytes)
         if result.records:
             records = result.records
             facts["experts"] = [round(record.mean_experts, 4) for record in records]
@@ -211,8 +237,9 @@ class _Session:
             ]
             facts["entropy"] = [round(float(record.entropy), 4) for record in records]
             facts["balance"] = [round(float(record.balance), 4) for record in records]
-        if any(router.steered for router in self.trainer.model.routers):
-            facts["threshold"] = [round(float(router.budget.threshold), 5) for router in self.trainer.model.routers]
+        routers = self.trainer.model.routers
+        if any(router.steered for router in routers) and len(routers) == len(result.records):  # else on other ranks
+            facts["threshold"] = [round(float(router.budget.threshold), 5) for router in routers]
         return facts
 
     def skip(self, result: StepResult, batch: str) -> None:
@@ -234,7 +261,17 @@ class _Session:
         train, trainer = self.recipe.train, self.trainer
         if limit == 0:
             self.watcher.say("evaluating on all held-out text")
-        evaluation = evaluate(trainer.model, self.data, length=train.length, limit=limit, dtype=trainer.dtype)
+        self.engine.meet()
+        evaluation = evaluate(
+            trainer.model,
+            self.data,
+            length=train.length,
+            limit=limit,
+            dtype=trainer.dtype,
+            split=self.engine.split,
+            forward=self.engine.logits(trainer.model),
+        )
+        self.engine.settle()
         self.events.write("evaluation", trainer.step, whole=limit == 0, **evaluation.as_dict())
         shown = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte, "experts": evaluation.mean_experts}
         self.board.add("heldout", shown, trainer.step)
@@ -247,17 +284,23 @@ class _Session:
     def save(self, must: bool) -> None:
         """Write a checkpoint; a refusal by the disk is reported, and raised only where it must succeed."""
         trainer = self.trainer
-        target = self.folder.checkpoint(trainer.step)
-        if target.exists():
+        step = trainer.step
+        target = self.folder.checkpoint(step)
+        if self.engine.first(target.exists):
             return
+        self.engine.meet()
         try:
-            trainer.save(target, self.data)
-            self.events.write("checkpoint", trainer.step, folder=target.name)
-            checkpoint.keep_newest(self.folder, self.recipe.train.keep_checkpoints)
+            trainer.save(target, self.data, lambda: self.saved(target, step), wait=must)
         except (CheckpointError, StorageError) as error:
             if must:
                 raise
             self.watcher.say(f"{error}; training goes on and tries again")
+
+    def saved(self, target: Path, step: int) -> None:
+        """A checkpoint is there: log it and delete older ones."""
+        self.events.write("checkpoint", step, folder=target.name)
+        if self.engine.leads:
+            checkpoint.keep_newest(self.folder, self.recipe.train.keep_checkpoints)
 
 
 def _due(every: int, step: int) -> bool:

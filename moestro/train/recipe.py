@@ -12,6 +12,7 @@ from moestro.core.config import STRICT, build, read_toml, with_overrides
 from moestro.core.errors import ConfigError
 from moestro.core.specs import ModelSpec
 from moestro.core.tokens import bpe_size
+from moestro.dist.spec import DistSpec
 
 STDLIB = "stdlib"
 """data.source: the source code of the Python standard library on this machine."""
@@ -167,6 +168,7 @@ class Recipe:
     data: DataSpec = field(default_factory=DataSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     report: ReportSpec = field(default_factory=ReportSpec)
+    dist: DistSpec = field(default_factory=DistSpec)
 
     def __post_init__(self) -> None:
         if self.seed < 0:

@@ -2,6 +2,8 @@
 
     batch -> forward -> backward (per micro-batch) -> clip -> AdamW -> routers
 
+What several ranks do differently is in the engine (`train/engine.py`).
+
 A step whose loss or gradient is not finite is not applied: weights, moments and routers stay as they were. Batches are
 a function of the step alone; together with `checkpoint.capture` this makes a resumed run go on bit for bit.
 
@@ -9,20 +11,19 @@ Dimension key:  B sequences   S positions
 """
 
 import math
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moestro.core.errors import ConfigError
 from moestro.core.specs import ModelSpec
-from moestro.nn.decoder import Decoder
-from moestro.nn.router import RoutingRecord, merge
+from moestro.nn.decoder import Decoder, parameter_counts
+from moestro.nn.router import RoutingRecord
 from moestro.train import checkpoint
 from moestro.train.data import Batches, Streams, TokenData
 from moestro.train.device import keep_freed_memory, pick_device, pick_dtype
+from moestro.train.engine import Done, Engine, OneRank, Stopwatch
 from moestro.train.optim import lr_share, make_optimizer, set_lr
 from moestro.train.recipe import Recipe
 
@@ -48,19 +49,6 @@ class StepResult:
         return self.data_s + self.forward_s + self.backward_s + self.update_s
 
 
-class Stopwatch:
-    """Seconds since the last lap."""
-
-    def __init__(self) -> None:
-        self._last_s = time.perf_counter()
-
-    def lap(self) -> float:
-        """Read and start again."""
-        now_s = time.perf_counter()
-        spent_s, self._last_s = now_s - self._last_s, now_s
-        return spent_s
-
-
 def sized(spec: ModelSpec, vocab_size: int) -> ModelSpec:
     """The model with the tokenizer's vocabulary; raises ConfigError where the recipe's is too small."""
     if not spec.vocab_size:
@@ -75,8 +63,9 @@ def sized(spec: ModelSpec, vocab_size: int) -> ModelSpec:
 class Trainer:
     """Everything a step touches."""
 
-    def __init__(self, recipe: Recipe, data: TokenData) -> None:
+    def __init__(self, recipe: Recipe, data: TokenData, engine: Engine | None = None) -> None:
         train = recipe.train
+        self.engine = engine or OneRank()
         if train.threads:
             torch.set_num_threads(train.threads)
         keep_freed_memory()
@@ -90,6 +79,8 @@ class Trainer:
             folder = checkpoint.find_checkpoint(Path(train.init))
             checkpoint.verify(folder)
             checkpoint.load_weights(self.model, folder)
+        self.parameters, self.active_parameters = parameter_counts(self.model, self.model.spec)
+        self.engine.place(self.model)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         recurrent = self.model.spec.attention.kind == "transformer_xl"
         source = Streams if recurrent else Batches
@@ -103,40 +94,32 @@ class Trainer:
         result.data_s = watch.lap()
         model.train()
         parts = token_BS.chunk(self.recipe.train.micro_batches)
-        layers: list[list[RoutingRecord]] = [[] for _ in model.routers]
-        for place, part_BS in enumerate(parts):
-            loss, records = self._forward(part_BS, place)
-            router_loss = sum((record.loss for record in records), start=torch.zeros((), device=self.device))
-            result.forward_s += watch.lap()
-            ((loss + router_loss) / len(parts)).backward()
-            result.loss += float(loss.detach()) / len(parts)
-            for router, seen, record in zip(model.routers, layers, records, strict=True):
-                router.count_micro_batch(record)
-                seen.append(record)
-            result.backward_s += watch.lap()
-        result.records = [merge(seen) for seen in layers]
+        records = self.engine.learn(self, parts, result)
+        watch.lap()
+        result.loss, result.records = self.engine.total(result.loss, records)
         self._update(result)
         result.update_s = watch.lap()
         self.step += 1
+        self.engine.after_update(self.step)
         return result
 
-    def _forward(self, token_BS: Tensor, place: int) -> tuple[Tensor, list[RoutingRecord]]:
-        caches = self.memory[place] if self.memory else None
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.model.loss(token_BS, caches)
+    def autocast(self) -> torch.autocast:
+        """Matrix products in the run's type."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def _update(self, result: StepResult) -> None:
         """Clip and apply, or leave everything as it was."""
         spec, steps = self.recipe.optimizer, self.recipe.train.steps
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = self.engine.finish_gradients()
         result.grad_norm = float(norm)
         result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        self.engine.before_update()
         if result.applied:
             if spec.clip:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), spec.clip, norm)
+                self.engine.clip(norm, spec.clip)
             set_lr(self.optimizer, lr_share(spec, self.step, steps))
             self.optimizer.step()
-            for router, record in zip(self.model.routers, result.records, strict=True):
+            for router, record in zip(self.model.routers, self.engine.of_own_layers(result.records), strict=True):
                 router.update(record, (self.step + 1) / steps)
         else:
             for router in self.model.routers:
@@ -151,11 +134,10 @@ class Trainer:
             f" and {len(names) - 4} more documents" if len(names) > 4 else ""
         )
 
-    def save(self, folder: Path, data: TokenData) -> None:
-        """Write a checkpoint of this moment."""
-        state = checkpoint.capture(self.step, self.model, self.optimizer, self.memory)
-        checkpoint.save_model(folder, self.model, data.tokenizer, state)
+    def save(self, folder: Path, data: TokenData, done: Done = lambda: None, wait: bool = True) -> None:
+        """Write a checkpoint of this moment; `done` is called when it is there."""
+        self.engine.save(folder, self, data.tokenizer, done, wait)
 
     def restore(self, folder: Path) -> None:
         """Go back to a checkpoint."""
-        self.step = checkpoint.restore(folder, self.model, self.optimizer, self.memory)
+        self.step = self.engine.restore(folder, self)

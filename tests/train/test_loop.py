@@ -9,10 +9,10 @@ import torch
 from moestro.core.errors import CheckpointError, ConfigError, TrainingError
 from moestro.core.events import read_events
 from moestro.place.loads import read_loads
-from moestro.train import checkpoint
 from moestro.train.loop import go_on, start
 from moestro.train.recipe import Recipe
 from moestro.train.run_folder import RunFolder
+from moestro.train.shards import Shards, _same_bytes
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -29,13 +29,11 @@ def stop_after(steps: int) -> Callable[[], bool]:
 def final_tensors(folder: RunFolder) -> dict[str, torch.Tensor]:
     newest = folder.checkpoints()[0]
     files = ("model", "optimizer", "state")
-    return {
-        f"{file}.{k}": v for file in files for k, v in checkpoint.read_tensors(newest / f"{file}.safetensors").items()
-    }
+    return {f"{file}.{k}": v for file in files for k, v in Shards(newest, file).all().items()}
 
 
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(checkpoint._same_bytes(left[k], right[k]) for k in left)
+    return left.keys() == right.keys() and all(_same_bytes(left[k], right[k]) for k in left)
 
 
 VARIANTS = {

@@ -1,0 +1,297 @@
+"""Sum gradients over slow links in fewer bytes, and count the bytes.
+
+    exact      all-reduce as it is
+    bf16 fp16  two phases: every rank sums one part, received in 16 bits, and sends it on in 16 bits; sums are float32
+    int8       as these, in blocks of 256 with a scale each (Dettmers 2015), with error feedback
+    topk       the largest `density` of all numbers: positions and 16-bit values, with error feedback (Lin 2017)
+    sign       one bit each, times the block's mean size, with error feedback (Seide 2014, Karimireddy 2019)
+    powersgd   products of two thin matrices (Vogels 2019), torch's stock hook
+
+Error feedback keeps what was not sent and adds it next time, so nothing is lost, only late. All ranks decode the same
+bytes and get the same bits. `methods_by_tensor` is the layer-wise policy: routers, norms and biases stay exact.
+
+Dimension key:  N numbers   P padded numbers   R ranks   B blocks   K numbers sent
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+from moestro.dist.mesh import Axis
+from moestro.dist.spec import DistSpec
+
+BLOCK = 256
+"""Numbers that share a scale."""
+LARGE_SHARE = 0.8
+"""layerwise: the largest tensors that together hold this share of all numbers are compressed most."""
+
+
+class Compressor(Protocol):
+    """Sums one bucket over an axis, step after step."""
+
+    sent_bytes: float
+    """Sent by this rank so far."""
+
+    def sum(self, flat_N: Tensor, shapes: list[torch.Size]) -> Tensor:
+        """The sum over the axis, as near as the method comes."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What it must remember to go on exactly; a restart fills these tensors in place."""
+        ...
+
+
+class Exact:
+    """One all-reduce."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis, self.sent_bytes = axis, 0.0
+
+    def sum(self, flat_N: Tensor, shapes: list[torch.Size]) -> Tensor:
+        """See `Compressor`."""
+        self.sent_bytes += ring_bytes(flat_N.numel() * flat_N.element_size(), self.axis.size)
+        return self.axis.sum(flat_N)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+def ring_bytes(payload_bytes: float, ranks: int) -> float:
+    """What one rank sends in an all-reduce around a ring: its share once to sum up, once to spread (Patarasuk 2009)."""
+    return 2 * (ranks - 1) / ranks * payload_bytes
+
+
+class Feedback:
+    """Keeps what was not sent."""
+
+    def __init__(self) -> None:
+        self.residual_N: Tensor | None = None
+
+    def add(self, flat_N: Tensor) -> Tensor:
+        """The numbers and what is owed."""
+        if self.residual_N is None:
+            self.residual_N = torch.zeros_like(flat_N)
+        return flat_N + self.residual_N
+
+    def keep(self, wanted_N: Tensor, sent_N: Tensor) -> None:
+        """Remember the difference."""
+        assert self.residual_N is not None
+        torch.sub(wanted_N, sent_N, out=self.residual_N)
+
+    def state(self) -> dict[str, Tensor]:
+        """The residual."""
+        return {} if self.residual_N is None else {"residual": self.residual_N}
+
+
+Encode = Callable[[Tensor], list[Tensor]]
+Decode = Callable[[list[Tensor]], Tensor]
+
+
+class TwoPhase:
+    """Every rank sums one part of the numbers and spreads the result; both ways encoded row by row."""
+
+    def __init__(self, axis: Axis, encode: Encode, decode: Decode, feedback: bool) -> None:
+        self.axis, self.encode, self.decode, self.sent_bytes = axis, encode, decode, 0.0
+        self.feedback = Feedback() if feedback else None
+
+    def sum(self, flat_N: Tensor, shapes: list[torch.Size]) -> Tensor:
+        """See `Compressor`."""
+        wanted_N = self.feedback.add(flat_N) if self.feedback else flat_N
+        ranks, each = self.axis.size, -(-flat_N.numel() // (self.axis.size * BLOCK)) * BLOCK
+        padded_RP = flat_N.new_zeros(ranks * each)
+        padded_RP[: flat_N.numel()] = wanted_N
+        codes = self.encode(padded_RP.view(ranks, each))
+        if self.feedback:
+            self.feedback.keep(wanted_N, self.decode(codes).flatten()[: flat_N.numel()])
+        came = [torch.empty_like(code) for code in codes]
+        for out, code in zip(came, codes, strict=True):
+            dist.all_to_all_single(out, code, group=self.axis.group)
+        mine = self.encode(self.decode(came).sum(0, keepdim=True))
+        everyones = [self.axis.gather_even(code) for code in mine]
+        payload = sum(code.numel() * code.element_size() for code in codes)
+        self.sent_bytes += ring_bytes(payload, ranks)
+        return self.decode(everyones).flatten()[: flat_N.numel()]
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Compressor`."""
+        return self.feedback.state() if self.feedback else {}
+
+
+def cast(dtype: torch.dtype) -> tuple[Encode, Decode]:
+    """16-bit floats."""
+    return lambda x_RP: [x_RP.to(dtype)], lambda codes: codes[0].float()
+
+
+def encode_int8(x_RP: Tensor) -> list[Tensor]:
+    """Bytes, and float32 scales of their blocks."""
+    block_RBX = x_RP.unflatten(1, (-1, BLOCK))
+    scale_RB1 = block_RBX.abs().amax(-1, keepdim=True) / 127
+    code_RBX = (block_RBX / scale_RB1.clamp(min=1e-30)).round().to(torch.int8)
+    return [code_RBX.flatten(1), scale_RB1.flatten(1)]
+
+
+def decode_int8(codes: list[Tensor]) -> Tensor:
+    """See `encode_int8`."""
+    return (codes[0].unflatten(1, (-1, BLOCK)).float() * codes[1][..., None]).flatten(1)
+
+
+def encode_sign(x_RP: Tensor) -> list[Tensor]:
+    """Eight signs a byte, and the mean size of every block."""
+    block_RBX = x_RP.unflatten(1, (-1, BLOCK))
+    bit = 1 << torch.arange(8, device=x_RP.device)
+    packed = ((x_RP >= 0).unflatten(1, (-1, 8)) * bit).sum(-1).to(torch.uint8)
+    return [packed, block_RBX.abs().mean(-1)]
+
+
+def decode_sign(codes: list[Tensor]) -> Tensor:
+    """See `encode_sign`."""
+    bit = 1 << torch.arange(8, device=codes[0].device)
+    sign_RP = ((codes[0][..., None].long() & bit) > 0).float().flatten(1) * 2 - 1
+    return (sign_RP.unflatten(1, (-1, BLOCK)) * codes[1][..., None]).flatten(1)
+
+
+class Gathered:
+    """All ranks' codes go to all ranks, who decode and add up; with error feedback."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis, self.sent_bytes, self.feedback = axis, 0.0, Feedback()
+
+    def sum(self, flat_N: Tensor, shapes: list[torch.Size]) -> Tensor:
+        """See `Compressor`."""
+        wanted_N = self.feedback.add(flat_N)
+        codes = self.encode(wanted_N)
+        self.feedback.keep(wanted_N, self.decode(codes, flat_N.numel()))
+        self.sent_bytes += (self.axis.size - 1) * sum(code.numel() * code.element_size() for code in codes)
+        everyones = [self.axis.gather_even(code[None]) for code in codes]
+        parts = [self.decode([code[rank] for code in everyones], flat_N.numel()) for rank in range(self.axis.size)]
+        return torch.stack(parts).sum(0)
+
+    def encode(self, flat_N: Tensor) -> list[Tensor]:
+        """What is sent."""
+        raise NotImplementedError
+
+    def decode(self, codes: list[Tensor], numbers: int) -> Tensor:
+        """What it stands for."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Compressor`."""
+        return self.feedback.state()
+
+
+class TopK(Gathered):
+    """The largest numbers only."""
+
+    def __init__(self, axis: Axis, density: float) -> None:
+        super().__init__(axis)
+        self.density = density
+
+    def encode(self, flat_N: Tensor) -> list[Tensor]:
+        """Positions as int32 and values as bfloat16, which has float32's range."""
+        place_K = flat_N.abs().topk(max(1, round(self.density * flat_N.numel()))).indices
+        return [place_K.to(torch.int32), flat_N[place_K].bfloat16()]
+
+    def decode(self, codes: list[Tensor], numbers: int) -> Tensor:
+        """Zeros elsewhere."""
+        return torch.zeros(numbers, device=codes[0].device).index_put((codes[0].long(),), codes[1].float())
+
+
+class Sign(Gathered):
+    """One bit a number."""
+
+    def encode(self, flat_N: Tensor) -> list[Tensor]:
+        """See `encode_sign`."""
+        padded = flat_N.new_zeros(-(-flat_N.numel() // BLOCK) * BLOCK)
+        padded[: flat_N.numel()] = flat_N
+        return [code[0] for code in encode_sign(padded[None])]
+
+    def decode(self, codes: list[Tensor], numbers: int) -> Tensor:
+        """See `decode_sign`."""
+        return decode_sign([code[None] for code in codes]).flatten()[:numbers]
+
+
+class PowerSGD:
+    """torch's hook on a bucket of our own; one bucket at a time, as its callbacks need gloo's threads."""
+
+    def __init__(self, axis: Axis, rank: int) -> None:
+        self.axis, self.rank, self.sent_bytes = axis, rank, 0.0
+        self.hook = powerSGD_hook.PowerSGDState(
+            axis.group, matrix_approximation_rank=rank, start_powerSGD_iter=2, min_compression_rate=1, random_seed=0
+        )
+
+    def sum(self, flat_N: Tensor, shapes: list[torch.Size]) -> Tensor:
+        """See `Compressor`; the hook returns the mean."""
+        warm = self.hook.iter >= self.hook.start_powerSGD_iter
+        sizes = [_low_rank_numbers(shape, self.rank) if warm else shape.numel() for shape in shapes]
+        self.sent_bytes += ring_bytes(4 * sum(sizes), self.axis.size)
+        mean_N: Tensor = powerSGD_hook.powerSGD_hook(self.hook, _Bucket(flat_N.clone(), shapes)).wait()
+        return mean_N * self.axis.size
+
+    def state(self) -> dict[str, Tensor]:
+        """Its memory is not kept: after a restart it warms up again."""
+        return {}
+
+
+def _low_rank_numbers(shape: torch.Size, rank: int) -> int:
+    """Numbers sent for a tensor: two thin factors of its matrix, or all of it where these are not fewer."""
+    rows, columns = shape[0] if shape else 1, shape.numel() // (shape[0] if shape else 1)
+    thin = (rows + columns) * min(rank, rows, columns)
+    return thin if len(shape) > 1 and thin < shape.numel() else shape.numel()
+
+
+class _Bucket:
+    """What the stock hook asks of DDP's bucket."""
+
+    def __init__(self, flat_N: Tensor, shapes: list[torch.Size]) -> None:
+        self._flat_N, self._shapes = flat_N, shapes
+
+    def buffer(self) -> Tensor:
+        return self._flat_N
+
+    def gradients(self) -> list[Tensor]:
+        parts = self._flat_N.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+
+def make(method: str, spec: DistSpec, axis: Axis) -> Compressor:
+    """A compressor for one bucket."""
+    made: dict[str, Callable[[], Any]] = {
+        "none": lambda: Exact(axis),
+        "bf16": lambda: TwoPhase(axis, *cast(torch.bfloat16), feedback=False),
+        "fp16": lambda: TwoPhase(axis, *cast(torch.float16), feedback=False),
+        "int8": lambda: TwoPhase(axis, encode_int8, decode_int8, feedback=True),
+        "topk": lambda: TopK(axis, spec.density),
+        "sign": lambda: Sign(axis),
+        "powersgd": lambda: PowerSGD(axis, spec.powersgd_rank),
+    }
+    compressor: Compressor = made[method]()
+    return compressor
+
+
+def methods_by_tensor(sizes: dict[str, int], spec: DistSpec) -> dict[str, str]:
+    """Which method each parameter gets, by its name and size.
+
+    Routers, norms and biases are exact. With `layerwise` only the largest tensors get the method asked for, smaller ones
+    int8: few bytes are saved there, and they hold what all tokens pass through.
+    """
+    exact = {name for name in sizes if ".router." in name or "norm" in name or name.endswith("bias")}
+    free = sorted((name for name in sizes if name not in exact), key=lambda name: (-sizes[name], name))
+    methods = dict.fromkeys(exact, "none") | dict.fromkeys(free, spec.compression)
+    if spec.layerwise and spec.compression != "none":
+        total, seen = sum(sizes[name] for name in free), 0
+        for name in free:
+            if seen >= LARGE_SHARE * total:
+                methods[name] = "int8"
+            seen += sizes[name]
+    return methods

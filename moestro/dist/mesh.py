@@ -1,0 +1,120 @@
+"""Process groups for a layout: one `Axis` per direction in which ranks work together.
+
+    join(spec) -> Mesh -> mesh["ep"] -> Axis: size, index, sum, gather
+
+Groups of one rank have no process group and cost nothing.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moestro.dist.layout import AXES, Layout
+
+
+@dataclass(slots=True)
+class Pulse:
+    """How many exchanges this process has entered; who has entered fewest lets the others wait."""
+
+    entered: int = 0
+
+
+PULSE = Pulse()
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The ranks this rank works with in one direction, itself included."""
+
+    name: str
+    ranks: tuple[int, ...]
+    index: int
+    """Our place in `ranks`."""
+    group: dist.ProcessGroup | None = None
+    """None where we are alone."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the ranks, as a new tensor."""
+        if self.group is None:
+            return value
+        PULSE.entered += 1
+        total = value.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, rows_TX: Tensor) -> tuple[Tensor, slice]:
+        """All ranks' rows in order, and which are ours; ranks may have different numbers of rows."""
+        if self.group is None:
+            return rows_TX, slice(None)
+        size_R = self.gather_even(torch.tensor([len(rows_TX)], device=rows_TX.device)).tolist()
+        padded = rows_TX.new_zeros(max(size_R), *rows_TX.shape[1:])
+        padded[: len(rows_TX)] = rows_TX
+        parts = self.gather_even(padded).split(max(size_R)) if max(size_R) else [padded] * self.size
+        start = sum(size_R[: self.index])
+        rows = torch.cat([part[:size] for part, size in zip(parts, size_R, strict=True)])
+        return rows, slice(start, start + len(rows_TX))
+
+    def gather_even(self, rows_TX: Tensor) -> Tensor:
+        """As `gather` where all ranks have equally many rows."""
+        if self.group is None:
+            return rows_TX
+        PULSE.entered += 1
+        parts = [torch.empty_like(rows_TX) for _ in self.ranks]
+        dist.all_gather(parts, rows_TX.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+
+def alone(name: str) -> Axis:
+    """An axis along which nothing is split."""
+    return Axis(name, (0,), 0)
+
+
+class Mesh:
+    """This rank's axes."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self.rank = dist.get_rank()
+        made: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(layout.world)): dist.group.WORLD}
+        self._axes = {axis: self._axis(axis, made) for axis in AXES}
+
+    def _axis(self, name: str, made: dict[tuple[int, ...], dist.ProcessGroup | None]) -> Axis:
+        """Every rank takes part in making every group, in one order; equal sets of ranks share a group."""
+        own: Axis | None = None
+        for ranks in map(tuple, self.layout.groups(name)):
+            if len(ranks) > 1 and ranks not in made:
+                made[ranks] = dist.new_group(list(ranks))
+            if self.rank in ranks:
+                own = Axis(name, ranks, ranks.index(self.rank), made[ranks] if len(ranks) > 1 else None)
+        assert own is not None
+        return own
+
+    def __getitem__(self, axis: str) -> Axis:
+        return self._axes[axis]
+
+
+def under_torchrun() -> bool:
+    """True in a process that a launcher has given a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(timeout_s: float) -> None:
+    """Meet the other ranks at the address the launcher has put into the environment."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def leave() -> None:
+    """End the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

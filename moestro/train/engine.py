@@ -1,0 +1,235 @@
+"""What a step does differently on one rank and on several.
+
+    Trainer -> Engine: which rows are ours, how gradients become whole, who writes files
+
+`OneRank` is the plain case, `train/ranks.py` has the other. The trainer and the loop are the same for both.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from moestro.core.errors import CheckpointError
+from moestro.core.tokens import Tokenizer
+from moestro.dist.mesh import Axis, alone
+from moestro.nn.decoder import Decoder, Output
+from moestro.nn.router import RoutingRecord, merge
+from moestro.train import checkpoint
+
+if TYPE_CHECKING:
+    from moestro.train.trainer import StepResult, Trainer
+
+T = TypeVar("T")
+Done = Callable[[], None]
+
+
+class Engine(Protocol):
+    """One rank, or one of several."""
+
+    leads: bool
+    """True on the rank that writes files and speaks."""
+    split: Axis
+    """The ranks that share the rows of a batch."""
+    layout: str
+    """Sizes of the mesh's axes for people; empty on one rank."""
+
+    def place(self, model: Decoder) -> None:
+        """Leave in the model what belongs on this rank."""
+        ...
+
+    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+        """Gradients of all micro-batches; loss and times go to `result`, returns our records, one per sparse layer."""
+        ...
+
+    def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
+        """The records of layers that are here."""
+        ...
+
+    def logits(self, model: Decoder) -> Callable[..., Output]:
+        """The model's forward pass, wherever its layers are."""
+        ...
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Before each forward pass of a step; `last` where gradients are complete after it."""
+        ...
+
+    def settle(self) -> None:
+        """After forward passes without a backward pass."""
+        ...
+
+    def own_rows(self, token_BS: Tensor) -> tuple[Tensor, float]:
+        """Our rows of a micro-batch, and their share of it, 0..1."""
+        ...
+
+    def finish_gradients(self) -> Tensor:
+        """Make gradients those of the whole batch; returns their norm."""
+        ...
+
+    def clip(self, norm: Tensor, most: float) -> None:
+        """Shrink gradients so that their norm is at most `most`."""
+        ...
+
+    def before_update(self) -> None:
+        """The optimiser is about to move the weights."""
+        ...
+
+    def after_update(self, steps_done: int) -> None:
+        """After every step, applied or not."""
+        ...
+
+    def meet(self) -> None:
+        """Make copies equal that learn apart; before checkpoints and evaluations."""
+        ...
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes this rank has sent for gradients or updates so far."""
+        ...
+
+    def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
+        """Loss and records of all ranks from our shares of them."""
+        ...
+
+    def between_steps(self, stop: bool) -> tuple[bool, CheckpointError | None]:
+        """True everywhere where `stop` is true on one rank; and why a checkpoint could not be written meanwhile."""
+        ...
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Raise RankLostError for errors that come of other ranks' absence."""
+        ...
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Let the leader work, the others wait; all get its result, and what it raises is raised everywhere."""
+        ...
+
+    def save(self, folder: Path, trainer: "Trainer", tokenizer: Tokenizer, done: Done, wait: bool) -> None:
+        """Write a checkpoint, at once or while training goes on; `done` is called when it is there."""
+        ...
+
+    def restore(self, folder: Path, trainer: "Trainer") -> int:
+        """Go back to a checkpoint; returns the steps done."""
+        ...
+
+
+class OneRank:
+    """Everything is here."""
+
+    def __init__(self) -> None:
+        self.leads = True
+        self.split, self.layout = alone("dp"), ""
+        self.model: Decoder | None = None
+
+    def place(self, model: Decoder) -> None:
+        """All of it."""
+        self.model = model
+
+    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+        """One micro-batch after the other."""
+        return learn_in_turn(trainer, parts, result)
+
+    def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
+        """All of them."""
+        return records
+
+    def logits(self, model: Decoder) -> Callable[..., Output]:
+        """The model."""
+        return model
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Nothing to do."""
+
+    def settle(self) -> None:
+        """Nothing to do."""
+
+    def own_rows(self, token_BS: Tensor) -> tuple[Tensor, float]:
+        """All of them."""
+        return token_BS, 1.0
+
+    def finish_gradients(self) -> Tensor:
+        """They are whole; their norm."""
+        assert self.model is not None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def clip(self, norm: Tensor, most: float) -> None:
+        """See `Engine`."""
+        assert self.model is not None
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
+
+    def before_update(self) -> None:
+        """Nothing to do."""
+
+    def after_update(self, steps_done: int) -> None:
+        """Nothing to do."""
+
+    def meet(self) -> None:
+        """Nothing to do."""
+
+    @property
+    def sent_bytes(self) -> float:
+        """None."""
+        return 0.0
+
+    def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
+        """They are whole."""
+        return loss, list(records)
+
+    def between_steps(self, stop: bool) -> tuple[bool, CheckpointError | None]:
+        """The flag."""
+        return stop, None
+
+    def guard(self) -> AbstractContextManager[None]:
+        """There are no others."""
+        return nullcontext()
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do it."""
+        return work()
+
+    def save(self, folder: Path, trainer: "Trainer", tokenizer: Tokenizer, done: Done, wait: bool) -> None:
+        """One file per kind of tensor, at once."""
+        state = checkpoint.capture(trainer.step, trainer.model, trainer.optimizer, trainer.memory)
+        checkpoint.save_model(folder, trainer.model, tokenizer, state)
+        done()
+
+    def restore(self, folder: Path, trainer: "Trainer") -> int:
+        """See `Engine`."""
+        return checkpoint.restore(folder, trainer.model, trainer.optimizer, trainer.memory)
+
+
+def learn_in_turn(trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+    """Forward and backward of one micro-batch after the other."""
+    model, engine, watch = trainer.model, trainer.engine, Stopwatch()
+    layers: list[list[RoutingRecord]] = [[] for _ in model.routers]
+    for place, part_BS in enumerate(parts):
+        engine.begin_micro_batch(last=place + 1 == len(parts))
+        own_BS, share = engine.own_rows(part_BS)
+        with trainer.autocast():
+            loss, records = model.loss(own_BS, trainer.memory[place] if trainer.memory else None)
+        loss = loss * share
+        router_loss = sum((record.loss for record in records), start=torch.zeros((), device=trainer.device))
+        result.forward_s += watch.lap()
+        ((loss + router_loss) / len(parts)).backward()
+        result.loss += float(loss.detach()) / len(parts)
+        for router, seen, record in zip(model.routers, layers, records, strict=True):
+            router.count_micro_batch(record)
+            seen.append(record)
+        result.backward_s += watch.lap()
+    return [merge(seen) for seen in layers]
+
+
+class Stopwatch:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last_s = time.perf_counter()
+
+    def lap(self) -> float:
+        """Read and start again."""
+        now_s = time.perf_counter()
+        spent_s, self._last_s = now_s - self._last_s, now_s
+        return spent_s

@@ -1,0 +1,381 @@
+"""One rank of several: its rows, its part of the model, its files; see `Engine`.
+
+Every rank reads the same batch and takes its rows. Losses are shares of the whole batch's mean, so gradients, records
+and losses only add up, and every layout of ranks learns what one rank does, to rounding. A checkpoint is written by all
+ranks, each what it alone holds, and becomes visible when the last has finished.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from moestro.core.errors import CheckpointError, ConfigError, Error
+from moestro.core.tokens import Tokenizer
+from moestro.dist.layout import Layout, fit
+from moestro.dist.mesh import Mesh, join, under_torchrun
+from moestro.dist.pipeline import Pipeline
+from moestro.dist.reduce import GradientSum, scale_gradients, total_norm
+from moestro.dist.shard import Parts, cut, held_rows, local, pieces
+from moestro.dist.synchronise import Synchroniser, average, make_synchroniser
+from moestro.dist.watch import Watch
+from moestro.dist.zero import shard
+from moestro.nn.decoder import Decoder, Output
+from moestro.nn.router import RoutingRecord, merge
+from moestro.nn.routing_budget import BINS
+from moestro.train.checkpoint import verify
+from moestro.train.device import pick_device
+from moestro.train.engine import Done, Engine, OneRank, learn_in_turn
+from moestro.train.recipe import Recipe
+from moestro.train.saving import Saving
+from moestro.train.shards import Part, Shards
+
+if TYPE_CHECKING:
+    from moestro.train.trainer import StepResult, Trainer
+
+T = TypeVar("T")
+KINDS = ("model", "optimizer", "state")
+
+
+def enlist(recipe: Recipe) -> Engine:
+    """Join the ranks that a launcher has started, or be the only one; raises ConfigError for an impossible mesh."""
+    if not under_torchrun():
+        return OneRank()
+    train, here = recipe.train, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    layout = fit(recipe.dist, int(os.environ["WORLD_SIZE"]), here)
+    rows = train.sequences // train.micro_batches
+    if rows < layout.dp:
+        raise ConfigError(
+            f"train.sequences / train.micro_batches is {rows}; it must be {layout.dp} or more, one for each part of "
+            f"the batch ({layout.text()}): raise train.sequences or lower train.micro_batches"
+        )
+    check_pipeline(recipe, layout, rows)
+    if not train.threads:
+        torch.set_num_threads(max((os.cpu_count() or 1) // here, 1))
+    if torch.cuda.is_available() and train.device == "auto":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    join(recipe.dist.timeout_s)
+    return Ranks(layout, pick_device(train.device), recipe)
+
+
+def check_pipeline(recipe: Recipe, layout: Layout, rows: int) -> None:
+    """Raise ConfigError for what does not go together with pp, or with copies that learn apart."""
+    train, every = recipe.train, recipe.dist.sync_every
+    if recipe.dist.sync != "step" and any(n % every for n in (train.checkpoint_every, train.evaluate_every)):
+        raise ConfigError(
+            f"train.checkpoint_every is {train.checkpoint_every} and train.evaluate_every {train.evaluate_every}; with "
+            f"dist.sync {recipe.dist.sync} both must be multiples of dist.sync_every = {every}, where copies meet"
+        )
+    if layout.pp == 1:
+        return
+    if rows % layout.dp:
+        raise ConfigError(
+            f"train.sequences / train.micro_batches is {rows}; with dist.pp it must be a multiple of {layout.dp}, "
+            "the parts of the batch: a pipeline moves equal pieces"
+        )
+    if recipe.dist.schedule != "1f1b" and recipe.train.micro_batches % layout.pp:
+        raise ConfigError(
+            f"train.micro_batches is {recipe.train.micro_batches}; for dist.schedule {recipe.dist.schedule} it must be "
+            f"a multiple of dist.pp = {layout.pp}"
+        )
+    router = recipe.model.moe.router if recipe.model.moe else None
+    if recipe.dist.zero or (router and router.aux_scope == "global"):
+        raise ConfigError(
+            f"dist.zero is {recipe.dist.zero} with dist.pp {layout.pp}; a pipeline goes with dist.zero=0, and with "
+            "model.moe.router.aux_scope batch or sequence"
+        )
+
+
+class Ranks:
+    """One of several ranks."""
+
+    def __init__(self, layout: Layout, device: torch.device, recipe: Recipe) -> None:
+        self.mesh, self.spec, self.length = Mesh(layout, device), recipe.dist, recipe.train.length
+        self.sharded: list[FSDPModule] = []
+        self.pipeline: Pipeline | None = None
+        self.tied: nn.Parameter | None = None
+        self.synchroniser: Synchroniser | None = None
+        self.buffers: list[Tensor] = []
+        self.steps = 0
+        self.layers: list[int] = []
+        self.numbers = 0
+        self.saving: Saving | None = None
+        self.done: Done = lambda: None
+        self.watch = Watch(self.mesh.rank, layout.world, self.spec.timeout_s) if "MASTER_ADDR" in os.environ else None
+        self.apart = recipe.dist.sync != "step"
+        self.leads, self.split = self.mesh.rank == 0, self.mesh["dp_shard" if self.apart else "dp"]
+        self.layout = f"{layout.world} ranks: {layout.text()}"
+        self.parts: Parts = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+
+    def guard(self) -> AbstractContextManager[None]:
+        """See `Engine`."""
+        return self.watch.guard() if self.watch else nullcontext()
+
+    def place(self, model: Decoder) -> None:
+        """Cut the model in place."""
+        spec, moe = model.spec, model.spec.moe
+        self.layers = spec.moe_layers
+        if moe:
+            steered = moe.router.rule in ("gap", "topp")
+            nothing, count_E = torch.zeros(()), torch.zeros(moe.num_experts)
+            bins = torch.zeros(BINS) if steered else None
+            self.blank = RoutingRecord(count_E, 0, nothing, nothing, nothing, torch.zeros(0), bins)
+            self.numbers = len(_numbers(self.blank))
+        self.parts = cut(model, self.mesh, self.spec)
+        if self.mesh["pp"].size > 1:
+            self.pipeline = Pipeline(model, self.spec, self.mesh["pp"], self.length)
+            if spec.tied_head and isinstance(model.embedding, nn.Embedding):
+                self.tied = dict(model.named_parameters())["embedding.weight"]
+                self.parts["embedding.weight"] = replace(self.parts["embedding.weight"], same_on=("dp", "tp", "ends"))
+        self.sharded = shard(model, self.mesh, self.spec.zero) if self.spec.zero else []
+        self.parameters, self.buffers = dict(model.named_parameters()), list(model.buffers())
+        inside = replace(self.spec, compression="none") if self.apart else self.spec
+        self.sum_gradients = GradientSum(self.parameters, self.parts, self.mesh, inside)
+        self.synchroniser = make_synchroniser(self.parameters, self.mesh["dp_replicate"], self.spec)
+        between = {name: replace(held, sum_over="dp_replicate") for name, held in self.parts.items()}
+        self.sum_copies = GradientSum(self.parameters, between, self.mesh, inside) if self.synchroniser else None
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """See `Engine`; with zero = 1 gradients stay whole until the last one."""
+        for module in self.sharded:
+            module.set_requires_gradient_sync(last or self.spec.zero > 1, recurse=False)
+            module.set_requires_all_reduce(last, recurse=False)
+
+    def settle(self) -> None:
+        """Give back weights gathered for a forward pass that no backward pass followed."""
+        for module in self.sharded:
+            module.reshard()
+
+    def meet(self) -> None:
+        """See `Engine`."""
+        if self.synchroniser:
+            self.synchroniser.meet()
+            average(self.buffers, self.mesh["dp_replicate"])
+
+    def own_rows(self, token_BS: Tensor) -> tuple[Tensor, float]:
+        """Neighbouring rows, as many on every rank as on any other, or one more."""
+        rows, every = len(token_BS), self.mesh["dp"]
+        first, last = rows * every.index // every.size, rows * (every.index + 1) // every.size
+        if not self.apart:
+            return token_BS[first:last], (last - first) / rows
+        copy, copies = self.mesh["dp_replicate"].index, self.mesh["dp_replicate"].size
+        of_copy = rows * (copy + 1) // copies - rows * copy // copies
+        return token_BS[first:last], (last - first) / of_copy
+
+    def finish_gradients(self) -> Tensor:
+        """See `Engine`."""
+        self.sum_gradients()
+        if self.sum_copies and self.steps < self.spec.sync_after:  # post-local: synchronous at first
+            self.sum_copies()
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad /= self.mesh["dp_replicate"].size
+        return total_norm(self.parameters, self.parts, self.mesh, self.apart)
+
+    def before_update(self) -> None:
+        """See `Engine`."""
+        if self.synchroniser:
+            self.synchroniser.before_step()
+
+    def after_update(self, steps_done: int) -> None:
+        """See `Engine`."""
+        self.steps = steps_done
+        if self.synchroniser:
+            self.synchroniser.after_step(steps_done)
+
+    @property
+    def sent_bytes(self) -> float:
+        """For gradients or updates of dense weights and experts, by this rank, so far."""
+        between = self.synchroniser.sent_bytes if self.synchroniser else 0.0
+        return self.sum_gradients.sent_bytes + between + (self.sum_copies.sent_bytes if self.sum_copies else 0.0)
+
+    def clip(self, norm: Tensor, most: float) -> None:
+        """See `Engine`."""
+        scale_gradients(self.parameters, norm, most)
+
+    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+        """Through the pipeline, where there is one."""
+        if self.pipeline is None:
+            return learn_in_turn(trainer, parts, result)
+        rows = [self.own_rows(part_BS) for part_BS in parts]
+        token_BS = torch.cat([own_BS for own_BS, _ in rows])
+        begun_s = time.perf_counter()
+        with trainer.autocast():
+            result.loss, seen = self.pipeline.learn(token_BS, len(parts), rows[0][1])
+        result.backward_s = time.perf_counter() - begun_s
+        if self.tied is not None and self.tied.grad is not None:  # on the first and on the last rank of the pipeline
+            self.tied.grad.copy_(self.mesh["ends"].sum(self.tied.grad))
+        return [merge(records) for records in seen.values()]
+
+    def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
+        """One message: the loss, then every layer's counts, means and histogram; each rank adds what it has."""
+        own = dict(zip(self.pipeline.own_layers if self.pipeline else self.layers, records, strict=True))
+        rows = torch.zeros(len(self.layers), self.numbers, dtype=torch.float64, device=self.mesh.device)
+        for row, layer in zip(rows, self.layers, strict=True):
+            if layer in own:
+                row.copy_(_numbers(own[layer]))
+        flat = torch.cat([rows.new_tensor([loss]), rows.flatten()])
+        flat = self.mesh["pp"].sum(self.split.sum(flat))
+        rows = flat[1:].view_as(rows)
+        everything = [
+            _with_numbers(own.get(layer, self.blank), row) for layer, row in zip(self.layers, rows, strict=True)
+        ]
+        return float(flat[0]), everything
+
+    def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
+        """Those of `total` whose routers are here."""
+        layers = self.pipeline.own_layers if self.pipeline else self.layers
+        return [record for layer, record in zip(self.layers, records, strict=True) if layer in layers]
+
+    def logits(self, model: Decoder) -> Callable[..., Output]:
+        """See `Engine`."""
+        return self.pipeline.forward if self.pipeline else model
+
+    def between_steps(self, stop: bool) -> tuple[bool, CheckpointError | None]:
+        """See `Engine`; also completes a checkpoint that all ranks have written."""
+        if self.apart and self.steps % self.spec.sync_every:
+            return False, None
+        writing = self.saving is not None and not self.saving.finished
+        flags = self.mesh["world"].sum(torch.tensor([float(stop), float(writing)], device=self.mesh.device))
+        stops, writers = flags.tolist()
+        problem = None
+        if self.saving is not None and not writers:
+            try:
+                self._commit()
+            except CheckpointError as error:
+                problem = error
+        return stops > 0, problem
+
+    def first(self, work: Callable[[], T]) -> T:
+        """See `Engine`; the result has to be picklable."""
+        box: list[object] = [None, None]
+        if self.leads:
+            try:
+                box[0] = work()
+            except Error as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0)
+        if isinstance(box[1], Error):
+            raise box[1]
+        result: T = box[0]  # type: ignore[assignment]
+        return result
+
+    def save(self, folder: Path, trainer: "Trainer", tokenizer: Tokenizer, done: Done, wait: bool) -> None:
+        """Every rank writes its files aside; when all have, the leader adds the manifest and renames."""
+        if self.saving is not None:
+            self._commit()
+        saving = Saving(folder, trainer.step)
+        self.first(lambda: saving.begin(trainer.model, tokenizer))
+        saving.start(self.mesh.rank, dict(zip(KINDS, self._contents(trainer), strict=True)))
+        self.saving, self.done = saving, done
+        if wait:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Wait for everybody's files and make them a checkpoint."""
+        saving, self.saving = self.saving, None
+        assert saving is not None
+        saving.wait()
+        mine = (saving.digests, str(saving.error) if saving.error else "")
+        everyones: list[tuple[dict[str, str], str]] = [({}, "") for _ in range(self.mesh.layout.world)]
+        dist.all_gather_object(everyones, mine)
+        errors = [error for _, error in everyones if error]
+        self.first(lambda: saving.commit([digests for digests, _ in everyones], errors))
+        self.done()
+
+    def _contents(self, trainer: "Trainer") -> Iterator[list[Part]]:
+        """What this rank writes of each kind."""
+        yield [part for name, tensor in trainer.model.state_dict().items() for part in self._own(name, name, tensor)]
+        yield [
+            part
+            for name, parameter in self.parameters.items()
+            for key, value in trainer.optimizer.state.get(parameter, {}).items()
+            for part in self._own(f"{key}.{name}", name, value)
+        ]
+        writes = self.mesh["tp"].index == 0 and self.mesh["pp"].index == 0
+        name = "random" if self.split.index == 0 else f"random.{self.split.index}"
+        yield [_whole_part(name, torch.get_rng_state())] if writes else []
+
+    def _own(self, name: str, place: str, tensor: Tensor) -> list[Part]:
+        """The parts of a tensor that this rank writes; `place` is the parameter that says where they belong."""
+        held = self.parts[place]
+        if tensor.dim() == 0 and held.shape:  # the optimiser's step count
+            held = replace(held, shape=(), boxes=((),))
+        if not held_rows(tensor, held).writes(self.mesh):
+            return []
+        return [(key, held.shape, box, part) for key, box, part in pieces(name, tensor, held)]
+
+    @torch.no_grad()
+    def restore(self, folder: Path, trainer: "Trainer") -> int:
+        """Read what this rank holds, whatever mesh wrote it."""
+        manifest = self.first(lambda: dict(verify(folder)))
+        if not isinstance(manifest.get("step"), int):
+            raise CheckpointError(f"{folder} has no optimiser state; start from it with train.init={folder}")
+        model, moments, state = (Shards(folder, kind) for kind in KINDS)
+        for name, tensor in trainer.model.state_dict().items():
+            self._read(model, name, name, tensor)
+        for name, parameter in self.parameters.items():
+            keys = [key for key in moments.shapes if key.partition(".")[2] == name]
+            entries = {key.partition(".")[0]: _like(parameter, moments.shapes[key]) for key in keys}
+            for kind, value in entries.items():
+                self._read(moments, f"{kind}.{name}", name, value)
+            if entries:
+                trainer.optimizer.state[parameter] = entries
+        mine = "random" if self.split.index == 0 else f"random.{self.split.index}"
+        if mine in state.shapes:
+            torch.set_rng_state(state.read(mine))
+        else:  # fewer ranks wrote it
+            torch.manual_seed(trainer.recipe.seed + manifest["step"] * self.split.size + self.split.index)
+        self.steps = int(manifest["step"])
+        self.synchroniser = make_synchroniser(self.parameters, self.mesh["dp_replicate"], self.spec)
+        return self.steps
+
+    def _read(self, shards: Shards, name: str, place: str, tensor: Tensor) -> None:
+        """Fill a tensor with its boxes."""
+        if name not in shards.shapes:
+            raise CheckpointError(f"{shards.folder} does not fit the model: {name} is missing")
+        if tensor.dim() == 0:
+            local(tensor).copy_(shards.read(name))
+            return
+        for _, box, part in pieces(name, tensor, self.parts[place]):
+            part.copy_(shards.read(name, box))
+
+
+def _numbers(record: RoutingRecord) -> Tensor:
+    """What adds up of a record, in a row."""
+    scalars = torch.stack([record.loss.detach(), record.balance, record.entropy]).double()
+    tokens = scalars.new_tensor([record.tokens])
+    histogram = [] if record.decision_B is None else [record.decision_B.double()]
+    return torch.cat([scalars, tokens, record.count_E.double(), *histogram])
+
+
+def _with_numbers(record: RoutingRecord, flat: Tensor) -> RoutingRecord:
+    """A record with the sums of all ranks."""
+    experts = len(record.count_E)
+    return replace(
+        record,
+        loss=flat[0].float(),
+        balance=flat[1].float(),
+        entropy=flat[2].float(),
+        tokens=int(flat[3]),
+        count_E=flat[4 : 4 + experts].float(),
+        decision_B=None if record.decision_B is None else flat[4 + experts :].float(),
+    )
+
+
+def _like(parameter: nn.Parameter, shape: tuple[int, ...]) -> Tensor:
+    """Room for one moment: sharded as its parameter is, or a number."""
+    return torch.zeros_like(parameter) if shape else torch.zeros((), device=parameter.device)
+
+
+def _whole_part(name: str, tensor: Tensor) -> Part:
+    return name, tuple(tensor.shape), tuple((0, size) for size in tensor.shape), tensor
