@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from moestro.core.errors import CheckpointError
+from moestro.core.errors import Error
 from moestro.core.tokens import Tokenizer
 from moestro.dist.mesh import Axis, alone
 from moestro.nn.decoder import Decoder, Output
@@ -95,7 +95,7 @@ class Engine(Protocol):
         """Loss and records of all ranks from our shares of them."""
         ...
 
-    def between_steps(self, stop: bool) -> tuple[bool, CheckpointError | None]:
+    def between_steps(self, stop: bool) -> tuple[bool, Error | None]:
         """True everywhere where `stop` is true on one rank; and why a checkpoint could not be written meanwhile."""
         ...
 
@@ -178,7 +178,7 @@ class OneRank:
         """They are whole."""
         return loss, list(records)
 
-    def between_steps(self, stop: bool) -> tuple[bool, CheckpointError | None]:
+    def between_steps(self, stop: bool) -> tuple[bool, Error | None]:
         """The flag."""
         return stop, None
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from moestro.core.errors import CheckpointError, ConfigError, Error
+from moestro.core.errors import CheckpointError, ConfigError, Error, StorageError
 from moestro.core.tokens import Tokenizer
 from moestro.dist.layout import Layout, fit
 from moestro.dist.mesh import Mesh, join, under_torchrun
@@ -240,7 +240,7 @@ class Ranks:
         """See `Engine`."""
         return self.pipeline.forward if self.pipeline else model
 
-    def between_steps(self, stop: bool) -> tuple[bool, CheckpointError | None]:
+    def between_steps(self, stop: bool) -> tuple[bool, Error | None]:
         """See `Engine`; also completes a checkpoint that all ranks have written."""
         if self.apart and self.steps % self.spec.sync_every:
             return False, None
@@ -251,7 +251,7 @@ class Ranks:
         if self.saving is not None and not writers:
             try:
                 self._commit()
-            except CheckpointError as error:
+            except (CheckpointError, StorageError) as error:
                 problem = error
         return stops > 0, problem
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moestro.core.config import to_table
-from moestro.core.errors import CheckpointError
+from moestro.core.errors import CheckpointError, Error, StorageError
 from moestro.core.files import ASIDE, cannot_write, flush_path, put_in_place, sha256_of
 from moestro.core.tokens import Tokenizer
 from moestro.nn.decoder import Decoder
@@ -29,7 +29,7 @@ class Saving:
     folder: Path
     step: int
     digests: dict[str, str] = field(default_factory=dict)
-    error: CheckpointError | None = None
+    error: Error | None = None
     thread: threading.Thread | None = None
 
     @property
@@ -70,7 +70,7 @@ class Saving:
                 self.digests[path.name] = sha256_of(path)
         except OSError as error:
             self.error = cannot_write(self.folder, error)
-        except CheckpointError as error:
+        except (CheckpointError, StorageError) as error:
             self.error = error
 
     def wait(self) -> None:
