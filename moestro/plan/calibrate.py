@@ -51,9 +51,9 @@ FREE = (
     "imbalance",
 )
 """Constants that this machine decides."""
-WIDE, NARROW = 1.5, 0.02
+WIDE, NARROW = 0.6, 0.02
 """Standard deviations of the logarithm of a free and of any other constant."""
-NOISE = 0.05
+NOISE = 0.1
 """Standard deviation of the logarithm of a measured step: neighbours on the machine."""
 VOCAB = 256
 
