@@ -126,6 +126,7 @@ class Trial:
             extra = max(0.0, sent - needed)
             done, refetched, worst = done + own, refetched + extra, max(worst, extra / max(own, 1))
         running.stop()
+        shutil.rmtree(self.folder / "home")
         self._note(kind, done, refetched, worst, killed_after_the_switch=switched)
 
     def _undisturbed(self, running: Running) -> tuple[float, float]:
@@ -216,15 +217,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--mib", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", default=["pull", "apply", "publish"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
     trial, begin = Trial(args.folder, args.mib, args.seed), time.monotonic()
     share = args.kills // 3
-    trial.install("pull", share)
-    trial.install("apply", share)
-    trial.publish(args.kills - 2 * share)
+    if "pull" in args.kinds:
+        trial.install("pull", share)
+    if "apply" in args.kinds:
+        trial.install("apply", share)
+    if "publish" in args.kinds:
+        trial.publish(args.kills - 2 * share)
     result = {"bench": "ship_kills", "date": time.strftime("%Y-%m-%d"), "cpus": os.cpu_count(), "mib": args.mib}
     result |= {"minutes": (time.monotonic() - begin) / 60, "kinds": trial.numbers}
     print(json.dumps(result))
