@@ -232,6 +232,8 @@ class _Session:
     def evaluate(self, limit: int) -> Evaluation:
         """Measure on held-out text and log it."""
         train, trainer = self.recipe.train, self.trainer
+        if limit == 0:
+            self.watcher.say("evaluating on all held-out text")
         evaluation = evaluate(trainer.model, self.data, length=train.length, limit=limit, dtype=trainer.dtype)
         self.events.write("evaluation", trainer.step, whole=limit == 0, **evaluation.as_dict())
         shown = {"loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte, "experts": evaluation.mean_experts}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from moestro.core.units import count_text, duration_text
 
@@ -64,12 +65,13 @@ class Terminal:
         self._task = TaskID(0)
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                TextColumn(
+                    "step {task.completed}/{task.total}", table_column=Column(min_width=len(f"step {steps}/{steps}"))
+                ),
+                BarColumn(bar_width=12, table_column=Column(max_width=12)),
+                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+                TextColumn("left", table_column=Column(no_wrap=True)),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=self.console,
             )
             self._task = self._bar.add_task("", total=steps, completed=done)
