@@ -3,7 +3,8 @@
     global        replicate the experts with most load per replica, pack all replicas onto devices
     hierarchical  pack groups of experts onto hosts, replicate inside every host, pack onto the host's devices
 
-Packing: heaviest first onto the least loaded pack that has room. Replicas of one expert may land on one device, as there.
+Packing: heaviest first onto the least loaded pack that has room. Replicas of one
+expert may land on one device, as there.
 """
 
 import numpy as np
@@ -48,5 +49,7 @@ def place_hierarchical(load_E: NDArray[np.floating], hosts: int, per_host: int, 
     copies_EG = np.zeros((len(load_E), hosts * per_host), np.int64)
     for host in range(hosts):
         mine = np.flatnonzero(host_E == host)
-        copies_EG[mine, host * per_host : (host + 1) * per_host] = place_global(load_E[mine], per_host, slots_per_device)
+        copies_EG[mine, host * per_host : (host + 1) * per_host] = place_global(
+            load_E[mine], per_host, slots_per_device
+        )
     return copies_EG

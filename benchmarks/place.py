@@ -5,7 +5,7 @@
 scale    58 layers x 256 experts on 320 devices; 64 devices x 256 experts
 midsize  4 hosts x 8 devices, 32 experts, 64 slots on four networks, against a search 150 times as long and the LP bound
 balance  max/mean tokens of a device where links are equal, and bytes between hosts, beside EPLB's two policies
-replay   steps plus moves over `samples` x 10 steps of seven streams (streams.py) on two networks, against doing nothing,
+replay   steps plus moves over `samples` x 10 steps of seven streams (streams.py) on two networks, against nothing,
          EPLB every 10 and 100 steps, a greedy spread every 10, and that spread with EMA 0.7 and a pay-back gate
 record   writing the load trace, per step
 
@@ -73,7 +73,15 @@ def layer_on(cluster: Cluster, token_SE: NDArray[np.float64], slots: int, **valu
 def scale(_: argparse.Namespace) -> list[Row]:
     """Wall time of solving."""
     rows = []
-    for devices, slots, layers in ((8, 6, 20), (16, 8, 20), (32, 10, 10), (64, 5, 10), (64, 8, 10), (320, 1, 58), (320, 2, 58)):
+    for devices, slots, layers in (
+        (8, 6, 20),
+        (16, 8, 20),
+        (32, 10, 10),
+        (64, 5, 10),
+        (64, 8, 10),
+        (320, 1, 58),
+        (320, 2, 58),
+    ):
         experts = 32 if devices == 8 else 64 if devices == 16 else 256
         cluster = park([("host", 8, 450, 1), ("leaf", 4, 50, 1), ("spine", 10, 50, 4)])
         loads = [drawn(zipf(experts, seed, 0.8)[None], devices, 8, seed)[0] for seed in range(layers)]
@@ -194,7 +202,9 @@ def crossing(layer: Layer, placement: Placement) -> float:
     """Bytes that leave hosts in one dispatch."""
     names = layer.links.names
     bytes_L = exchange_bytes(layer, placement)
-    return float(sum(b for b, name in zip(bytes_L, names, strict=True) if name.startswith("host") and name.endswith("out")))
+    return float(
+        sum(b for b, name in zip(bytes_L, names, strict=True) if name.startswith("host") and name.endswith("out"))
+    )
 
 
 @dataclass(kw_only=True)
@@ -220,7 +230,10 @@ class GatedSpread:
         held_EG = spread_start(seen)
         stay, go = near_placement(seen, layer.held_EG), near_placement(seen, held_EG)
         left = min(self.total_steps - sample * STEPS_PER_SAMPLE, LONGEST_STEPS)
-        gain = step_time(replace(seen, state_bytes=0.0), stay).total_s - step_time(replace(seen, state_bytes=0.0), go).total_s
+        gain = (
+            step_time(replace(seen, state_bytes=0.0), stay).total_s
+            - step_time(replace(seen, state_bytes=0.0), go).total_s
+        )
         cost = float((move_bytes(seen, held_EG) / layer.links.bytes_per_s_L).max())
         return go if gain * left > cost else stay
 
@@ -283,7 +296,12 @@ def show_replay(row: Row) -> None:
 def record(_: argparse.Namespace) -> list[Row]:
     """Microseconds to append one step's loads."""
     rows = []
-    for layers, experts, sources, pairs in ((16, 64, 0, False), (58, 256, 0, False), (58, 256, 8, False), (16, 64, 8, True)):
+    for layers, experts, sources, pairs in (
+        (16, 64, 0, False),
+        (58, 256, 0, False),
+        (58, 256, 8, False),
+        (16, 64, 8, True),
+    ):
         shape = (layers, sources, experts) if sources else (layers, experts)
         count = np.random.default_rng(0).integers(0, 9999, shape)
         pair_LX = np.ones((layers, experts * (experts - 1) // 2), np.int64) if pairs else None

@@ -84,7 +84,9 @@ def domains(samples: int) -> Floats | None:
 
 
 def _domain(table: "np.lib.npyio.NpzFile", domain: str) -> Floats:
-    key = next(key for key in table.files if key.lower().startswith("olmoe") and key.endswith(f"expert_counts__{domain}"))
+    key = next(
+        key for key in table.files if key.lower().startswith("olmoe") and key.endswith(f"expert_counts__{domain}")
+    )
     return np.asarray(table[key][1], float)
 
 

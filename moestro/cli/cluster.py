@@ -76,7 +76,9 @@ def _speed(text: str) -> tuple[str, float]:
 def probe_network(
     out: Path = typer.Option(Path("cluster.toml"), "--out", "-o", help="Where rank 0 writes."),
     ranks: int = typer.Option(0, "--ranks", help="Start this many ranks here; without it, run under torchrun."),
-    payload_mb: float = typer.Option(4.0, "--payload-mb", help="Size of a large message; over 0.1 s on the slowest link."),
+    payload_mb: float = typer.Option(
+        4.0, "--payload-mb", help="Size of a large message; over 0.1 s on the slowest link."
+    ),
     repeats: int = typer.Option(3, "--repeats", help="The best of so many counts."),
     device: str = typer.Option("", "--device", help="Which accelerator the ranks have, for the file."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
@@ -125,5 +127,6 @@ def _start_ranks(ranks: int) -> None:
     base = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "moestro", *sys.argv[1:]]
     started = [subprocess.Popen(command, env={**base, "RANK": str(rank)}) for rank in range(ranks)]
-    if any([process.wait() for process in started]):
+    failed = [process.wait() for process in started]
+    if any(failed):
         raise ClusterError("a rank of the probe failed; its message stands above")

@@ -11,7 +11,19 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from moestro import __version__
-from moestro.cli import cluster, doctor, evaluate, export_model, generate, import_model, loads, place, report, resume, train
+from moestro.cli import (
+    cluster,
+    doctor,
+    evaluate,
+    export_model,
+    generate,
+    import_model,
+    loads,
+    place,
+    report,
+    resume,
+    train,
+)
 from moestro.core.errors import Error
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""`moestro place TRACE CLUSTER`: where experts should live, what that saves, and how far it is from the best possible."""
+"""`moestro place TRACE CLUSTER`: where experts should live, what that saves, how far it is from the best."""
 
 import json
 import sys
@@ -14,12 +14,16 @@ def place(
     slots: int = typer.Option(0, "--slots", help="Experts that a device holds; 0 takes what its memory holds."),
     width: int = typer.Option(4096, "--width", help="Model width: a token is so many bfloat16 numbers."),
     expert_params: float = typer.Option(44e6, "--expert-params", help="Parameters of one expert."),
-    tokens_per_s: float = typer.Option(0.0, "--tokens-per-s", help="Rows a device passes through experts; 0 estimates."),
+    tokens_per_s: float = typer.Option(
+        0.0, "--tokens-per-s", help="Rows a device passes through experts; 0 estimates."
+    ),
     horizon: float = typer.Option(1000.0, "--horizon", help="Steps over which moving is spread."),
     current: Path | None = typer.Option(None, "--current", help="placement.toml in force; contiguous otherwise."),
     merge_copies: bool = typer.Option(False, "--merge-copies", help="Tokens travel once per host (trace with pairs)."),
     effort: float = typer.Option(1.0, "--effort", help="1 is some 30 ms a layer."),
-    prove: float = typer.Option(0.0, "--prove", help="Seconds a layer for a tighter bound, and for small layers a proof."),
+    prove: float = typer.Option(
+        0.0, "--prove", help="Seconds a layer for a tighter bound, and for small layers a proof."
+    ),
     out: Path | None = typer.Option(None, "--out", "-o", help="Write placement.toml here."),
     svg: Path | None = typer.Option(None, "--svg", help="Draw device loads before and after."),
     show_layer: int = typer.Option(0, "--show", help="Which layer to draw."),

@@ -1,6 +1,6 @@
 """A cluster as a tree of text: every unit once, equal ones counted, what differs marked.
 
-    Cluster -> draw -> lines for `moestro cluster show`
+Cluster -> draw -> lines for `moestro cluster show`
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ MOST_LINES = 60
 
 
 def draw(cluster: Cluster, devices: int = 0) -> list[str]:
-    """Lines of text; `devices` is needed where the outermost level is open (then one unit of the level below is drawn)."""
+    """Lines of text; without `devices` an open outermost level is drawn with two units."""
     open_ended = not devices and not cluster.hosts and cluster.most_devices == float("inf")
     sizes = cluster.unit_sizes()
     shown = devices or (2 * int(sizes[-2]) if open_ended and len(sizes) > 1 else 0)
@@ -74,5 +74,3 @@ def _host_text(links: Links, host: int, level: str) -> str:
     slow = "" if (speed_G == 1).all() else f"  speed {', '.join(f'{s:g}' for s in sorted(set(speed_G)))}"
     out = sum(links.bytes_per_s_L[link] for link in own) / 1e9
     return f"{'■' * min(len(mine), 16)} {len(mine)} devices" + (f"  out {out:.4g} GB/s" if own else "") + slow
-
-

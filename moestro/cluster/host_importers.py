@@ -2,8 +2,8 @@
 
     text -> read_nvidia_smi | read_nccl | read_hwloc -> Inside(levels, device, cards)
 
-Bandwidths are what NCCL assumes (src/graph/topo.h, xml.cc at 5067397c): per NVLink and direction 20 GB/s on sm70 and sm80,
-12 on sm86, 20.6 on sm90, 40.1 on sm100; PCIe by generation and width; `SYS` crosses the processors' interconnect.
+Bandwidths are what NCCL assumes (src/graph/topo.h, xml.cc at 5067397c): per NVLink and direction 20 GB/s on sm70 and
+sm80, 12 on sm86, 20.6 on sm90, 40.1 on sm100; PCIe by generation and width; `SYS` crosses the processors' interconnect.
 Devices are grouped by their fastest connections; where these do not nest into equal groups, the slowest counts.
 """
 
@@ -58,7 +58,9 @@ def _path_rate(cell: str, nvlink: float) -> float:
     if re.fullmatch(r"NV\d+", cell):
         return int(cell[2:]) * nvlink
     if cell not in PATH_GB_PER_S:
-        raise ClusterError(f"nvidia-smi topo -m has {cell!r} between two devices; known are NV#, {', '.join(PATH_GB_PER_S)}")
+        raise ClusterError(
+            f"nvidia-smi topo -m has {cell!r} between two devices; known are NV#, {', '.join(PATH_GB_PER_S)}"
+        )
     return PATH_GB_PER_S[cell]
 
 
@@ -67,7 +69,9 @@ def _levels(rate_GG: NDArray[np.float64]) -> tuple[LevelSpec, ...]:
     devices = len(rate_GG)
     if not np.allclose(rate_GG, rate_GG.T):
         g, h = np.argwhere(~np.isclose(rate_GG, rate_GG.T))[0]
-        raise ClusterError(f"devices {g} and {h} see each other at {rate_GG[g, h]:g} and {rate_GG[h, g]:g} GB/s; measure again")
+        raise ClusterError(
+            f"devices {g} and {h} see each other at {rate_GG[g, h]:g} and {rate_GG[h, g]:g} GB/s; measure again"
+        )
     if devices == 1:
         return (LevelSpec(name=HOST, fan_out=1, gb_per_s=PATH_GB_PER_S["PIX"]),)
     rates = sorted({float(rate) for rate in rate_GG[np.isfinite(rate_GG)]}, reverse=True)

@@ -138,7 +138,9 @@ def read_slurm(text: str) -> Nesting:
         elif "blockname" in values:
             blocks[values["blockname"]] = hostlist(values.get("nodes", ""))
         elif "blocksizes" not in values:
-            raise ClusterError(f"topology.conf line {number}: {setting!r} is neither SwitchName, BlockName nor BlockSizes")
+            raise ClusterError(
+                f"topology.conf line {number}: {setting!r} is neither SwitchName, BlockName nor BlockSizes"
+            )
     if switches and blocks:
         raise ClusterError("topology.conf has switches and blocks; Slurm reads only one kind")
     return _of_blocks(blocks) if blocks else _of_switches(switches)
@@ -260,10 +262,12 @@ def read_kubernetes(text: str, kueue: str = "") -> Nesting:
 
 
 def _used_levels(labels: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The usual levels that every node has a label of, without those that tell no two nodes apart further than the next."""
+    """The usual levels that every node has a label of, up to the first that all nodes share."""
     used = [group for group in NODE_LEVELS if all(any(label in one for label in group) for one in labels)]
     if not used:
-        raise ClusterError(f"the nodes have none of the labels {', '.join(group[0] for group in NODE_LEVELS)} in common")
+        raise ClusterError(
+            f"the nodes have none of the labels {', '.join(group[0] for group in NODE_LEVELS)} in common"
+        )
     kept: list[tuple[str, ...]] = []
     for group in used:
         values = {next(text_of(one[label]) for label in group if label in one) for one in labels}

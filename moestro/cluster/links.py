@@ -49,7 +49,9 @@ class Links:
             raise ClusterError(f"bandwidth of link {wrong[0]} bytes/s; it must be above 0 and finite")
         off = ~np.eye(self.devices, dtype=bool)
         if self.devices > 1 and (lost := np.argwhere((self.route_GGR[:, :, 0] < 0) & off)).size:
-            raise ClusterError(f"no link leads from device {lost[0][0]} to device {lost[0][1]}; describe the missing level")
+            raise ClusterError(
+                f"no link leads from device {lost[0][0]} to device {lost[0][1]}; describe the missing level"
+            )
 
     @property
     def devices(self) -> int:
@@ -106,7 +108,9 @@ def links_of(cluster: Cluster, devices: int = 0) -> Links:
         elif unit_lG[place].size and len(np.unique(below_G)) > 1:
             _tree_links(table, cluster, level, below_G, place)
     links = from_routes(table, unit_lG[inner])
-    crossed = [level.latency_us for place, level in enumerate(cluster.network) if not place or len(set(unit_lG[place - 1])) > 1]
+    crossed = [
+        level.latency_us for place, level in enumerate(cluster.network) if not place or len(set(unit_lG[place - 1])) > 1
+    ]
     return replace(
         links,
         latency_s=max(crossed) * 1e-6,
@@ -214,7 +218,8 @@ def _units(cluster: Cluster, devices: int) -> Ints:
     room = int((rows[-1] == 0).sum())
     if room < wanted and devices:
         raise ClusterError(
-            f"{cluster.name} has {room} devices, {wanted} are asked for; raise network.{cluster.network[-1].name}.fan_out"
+            f"{cluster.name} has {room} devices, {wanted} are asked for; "
+            f"raise network.{cluster.network[-1].name}.fan_out"
         )
     rows, wanted = [row[:room] for row in rows], room
     _check_exceptions(cluster, rows, wanted)

@@ -92,7 +92,9 @@ def cluster_of(
     missing = [level for level in wanted if level not in speeds]
     if missing:
         example = " ".join(f"--speed {level}=50" for level in missing)
-        raise ClusterError(f"{nesting.source} says who is near whom, not how fast; give {example} (GB/s of a device) or probe")
+        raise ClusterError(
+            f"{nesting.source} says who is near whom, not how fast; give {example} (GB/s of a device) or probe"
+        )
     unknown = sorted(set(speeds) - set(wanted))
     if unknown:
         raise ClusterError(f"--speed {unknown[0]} is not a level here; there are {', '.join(wanted)}")

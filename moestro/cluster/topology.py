@@ -88,8 +88,8 @@ class LevelSpec:
     def __post_init__(self) -> None:
         if self.gb_per_s is None:
             raise ClusterError(
-                f"network.{self.name}.gb_per_s is missing; give the link's speed in GB/s per direction (a 400 Gb/s card "
-                "is 50), or set it for one question with --set network." + self.name + "=50"
+                f"network.{self.name}.gb_per_s is missing; give the link's speed in GB/s per direction (a 400 Gb/s "
+                "card is 50), or set it for one question with --set network." + self.name + "=50"
             )
         for name, low in (("fan_out", 0), ("gb_per_s", 0), ("sharing", 0), ("latency_us", 0)):
             value = getattr(self, name)
@@ -115,8 +115,8 @@ class ExceptionSpec:
     __pydantic_config__ = STRICT
     level: str
     units: tuple[int, ...]
-    """Which units of the level below, counted over the whole park from 0: hosts on the level that joins hosts, devices on
-    the lowest."""
+    """Which units of the level below, counted over the whole park from 0: hosts on the level that joins hosts,
+    devices on the lowest."""
     gb_per_s: float | None = None
     """Of their links out into this level; None leaves it."""
     gb_per_s_in: float | None = None
@@ -131,7 +131,9 @@ class ExceptionSpec:
         for name in ("gb_per_s", "gb_per_s_in", "fan_out", "speed", "memory_gib"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ClusterError(f"exception.{name} of {self.level} {list(self.units)} is {value}; it must be above 0")
+                raise ClusterError(
+                    f"exception.{name} of {self.level} {list(self.units)} is {value}; it must be above 0"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,14 +199,18 @@ def with_settings(table: Table, settings: Sequence[str]) -> Table:
         name, equals, text = setting.partition("=")
         kind, *keys = name.split(".")
         if not equals or kind not in ("network", "device") or not keys:
-            raise ConfigError(f"'{setting}' is not a what-if; write network.LEVEL=2x, network.LEVEL.KEY=VALUE or device.KEY=VALUE")
+            raise ConfigError(
+                f"'{setting}' is not a what-if; write network.LEVEL=2x, network.LEVEL.KEY=VALUE or device.KEY=VALUE"
+            )
         if kind == "device":
             _set(table["device"], keys, text, name)
             continue
         level = next((level for level in levels if level.get("name") == keys[0]), None)
         if level is None:
             known = ", ".join(str(level.get("name")) for level in levels)
-            raise ConfigError(f"network.{keys[0]} is not a level of {table.get('name', 'this cluster')}; it has {known}")
+            raise ConfigError(
+                f"network.{keys[0]} is not a level of {table.get('name', 'this cluster')}; it has {known}"
+            )
         _set(level, keys[1:] or ["gb_per_s"], text, name)
     return table
 

@@ -62,10 +62,14 @@ def summary_lines(trace: Trace) -> list[str]:
 def heat_charts(trace: Trace) -> list[Chart]:
     """A heat map of every layer, and what the colours mean."""
     shades = Shades(kind="ratio", high=HIGH, label="load over the mean expert")
-    steps = Axis(label="step", low=float(trace.step_N[0]), high=float(max(trace.step_N[-1], trace.step_N[0] + 1)), whole=True)
+    steps = Axis(
+        label="step", low=float(trace.step_N[0]), high=float(max(trace.step_N[-1], trace.step_N[0] + 1)), whole=True
+    )
     experts = [str(expert) for expert in range(trace.count_NLE.shape[2])]
     drawn = [
-        heat_map(f"Layer {layer}", over_mean_EB(trace, layer, 200), x=steps, rows=experts, shades=shades, row_label="expert")
+        heat_map(
+            f"Layer {layer}", over_mean_EB(trace, layer, 200), x=steps, rows=experts, shades=shades, row_label="expert"
+        )
         for layer in range(trace.count_NLE.shape[1])
     ]
     return [shades_key(shades), *drawn]

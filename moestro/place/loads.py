@@ -2,8 +2,8 @@
 
     LoadWriter.append(step, count_LE) ... -> loads.trace -> read_loads -> (step_N, count_NLE)
 
-One JSON header line, then fixed records of uint32: the step, then the counts, layer after layer, by source rank where the
-header says so, then pairs of experts chosen together where it says so. A killed run leaves at
+One JSON header line, then fixed records of uint32: the step, then the counts, layer after layer, by source rank where
+the header says so, then pairs of experts chosen together where it says so. A killed run leaves at
 most one torn record, which reading drops; where a resumed run went back, its records replace the earlier ones.
 No torch.
 
@@ -77,9 +77,7 @@ class LoadWriter:
         except OSError as error:
             raise cannot_write(path, error) from error
 
-    def append(
-        self, step: int, count: NDArray[np.integer], pair_LX: NDArray[np.integer] | None = None
-    ) -> None:
+    def append(self, step: int, count: NDArray[np.integer], pair_LX: NDArray[np.integer] | None = None) -> None:
         """Add one step; raises CheckpointError when the disk is full.
 
         count  count_LE, or count_LSE in a trace with sources

@@ -2,9 +2,9 @@
 
     now, planned, moving, drift, error -> decide -> Verdict
 
-A plan is taken when what it saves over its life exceeds what moving costs, with a margin for the prediction's error. Its
-life is how long the loads it was made for last: until drift has carried off as much as HALF of them, never beyond the
-end of training, and never longer than the loads have been watched. Shares may always be refitted: that moves nothing.
+A plan is taken when what it saves over its life exceeds what moving costs, with a margin for the prediction's error.
+Its life is how long the loads it was made for last: until drift has carried off as much as HALF of them, never beyond the
+end of training, and never longer than the loads were watched. Shares may always be refitted: that moves nothing.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from enum import StrEnum
 HALF = 0.5
 """Relative change of the loads at which a placement counts as outlived."""
 LONGEST_STEPS = 2000.0
-LEAST_GAIN = 0.01
+LEAST_GAIN = 0.02
 """Share of the step below which nothing is moved."""
 
 
@@ -47,9 +47,7 @@ def life_steps(*, drift: float, interval_steps: float, watched_steps: float, lef
     return max(min(lasting, watched_steps, left_steps, LONGEST_STEPS), min(interval_steps, left_steps))
 
 
-def decide(
-    *, now_s: float, planned_s: float, move_s: float, life: float, error: float, margin: float = 1.5
-) -> Verdict:
+def decide(*, now_s: float, planned_s: float, move_s: float, life: float, error: float, margin: float = 1.5) -> Verdict:
     """Move or stay.
 
     now_s, planned_s  step times under the predicted loads with the placement in force and with the plan, both with

@@ -3,8 +3,8 @@
     loads over time + Policy -> replay -> Replay(step_s, move_s, plans, moved)
 
 Every `interval` steps the policy sees the counts so far and may plan; steps run on the loads that come after. Moving is
-blocking: the new replicas' weights and optimiser state over their busiest link. Policies are objects with `plan`; ours is
-`Gated`, baselines are in benchmarks/place.py.
+blocking: the new replicas' weights and optimiser state over their busiest link. Policies are objects with `plan`; ours
+is `Gated`, baselines are in benchmarks/place.py.
 
 Dimension key:  N samples   S sources   E experts   G devices
 """
@@ -56,7 +56,9 @@ class Replay:
         return float(np.median(self.moved)) / self.slots if self.moved else 0.0
 
 
-def replay(layer: Layer, load_NSE: Sequence[Floats], policy: Policy, interval_steps: int, plan_every: int = 1) -> Replay:
+def replay(
+    layer: Layer, load_NSE: Sequence[Floats], policy: Policy, interval_steps: int, plan_every: int = 1
+) -> Replay:
     """Run a policy over samples of loads, one every `interval_steps` steps.
 
     plan_every  ask the policy at every so many samples

@@ -87,7 +87,8 @@ def source_loads(trace: Trace, devices: int) -> tuple[Floats, Floats]:
     sources = trace.source_NLSE.shape[2]
     if sources != devices:
         raise PlacementError(
-            f"the trace was recorded on {sources} ranks, the cluster has {devices} devices; give the cluster they ran on"
+            f"the trace was recorded on {sources} ranks, the cluster has {devices} devices; "
+            "give the cluster they ran on"
         )
     predictor = Predictor(layers, sources * experts)
     for count_LSE in trace.source_NLSE:
@@ -97,7 +98,7 @@ def source_loads(trace: Trace, devices: int) -> tuple[Floats, Floats]:
 
 
 def token_sets(trace: Trace, number: int, token_SE: Floats, links: Links) -> tuple[TokenSet, ...]:
-    """Pairs of experts as token sets, every host's in proportion to its tokens; exact where tokens choose two experts."""
+    """Pairs of experts as token sets, by host in proportion to tokens; exact where tokens choose two."""
     assert trace.pair_NLX is not None
     pair_X = trace.pair_NLX[-1, number].astype(float)
     first_X, second_X = pair_index(token_SE.shape[1])
@@ -166,7 +167,10 @@ def _report(layer: Layer, error: float, effort: float, prove_s: float, placed: b
     if prove_s >= 1 and layer.token_SE.size <= 256:
         found = exact(layer, prove_s)
         bound_s, proven = max(bound_s, found.bound_s), found.proven
-        if found.held_EG is not None and (better := step_time(layer, split(layer, found.held_EG))).total_s < time.total_s:
+        if (
+            found.held_EG is not None
+            and (better := step_time(layer, split(layer, found.held_EG))).total_s < time.total_s
+        ):
             after, time = split(layer, found.held_EG), better
     return LayerReport(
         layer=layer,
@@ -194,7 +198,9 @@ def cross_bytes(layer: Layer, placement: Placement) -> float:
     if not layer.sets:
         return float(flow_SG[links.host_G[:, None] != links.host_G[None]].sum() * layer.token_bytes)
     bytes_L = exchange_bytes(layer, placement)
-    inner = [i for i, name in enumerate(links.names) if links.above_L[i] and name.startswith("host") and name.endswith("out")]
+    inner = [
+        i for i, name in enumerate(links.names) if links.above_L[i] and name.startswith("host") and name.endswith("out")
+    ]
     return float(bytes_L[inner].sum())
 
 
@@ -204,7 +210,10 @@ def table(reports: Sequence[LayerReport]) -> list[str]:
         f"{'layer':>5s} {'before':>9s} {'after':>9s} {'bound':>9s} {'gap':>7s} {'busiest device':>15s} "
         f"{'between hosts':>21s} {'moved':>6s} {'loads':>6s}"
     )
-    lines = [head, f"{'':>5s} {'ms':>9s} {'ms':>9s} {'ms':>9s} {'':>7s} {'/ mean':>15s} {'MB a dispatch':>21s} {'':>6s} {'+-':>6s}"]
+    lines = [
+        head,
+        f"{'':>5s} {'ms':>9s} {'ms':>9s} {'ms':>9s} {'':>7s} {'/ mean':>15s} {'MB a dispatch':>21s}" + f"{'+-':>14s}",
+    ]
     for number, one in enumerate(reports):
         layer = one.layer
         lines.append(
@@ -235,7 +244,8 @@ def drawing(one: LayerReport, most_devices: int = 64) -> list[str]:
             lines.append(f"host {host}")
         bar = "█" * round(20 * time_G[device] / max(time_G.max(), 1e-30))
         experts = [
-            f"{expert}{f'/{count_E[expert]}' if count_E[expert] > 1 else ''}{'' if layer.held_EG[expert, device] else '+'}"
+            f"{expert}{f'/{count_E[expert]}' if count_E[expert] > 1 else ''}"
+            f"{'' if layer.held_EG[expert, device] else '+'}"
             for expert in np.flatnonzero(held_EG[:, device])
         ]
         lines.append(f"  {device:3d} {bar:20s} {' '.join(experts)}")
@@ -262,5 +272,3 @@ def charts(reports: Sequence[LayerReport]) -> list[Chart]:
             )
         )
     return drawn
-
-

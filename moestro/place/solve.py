@@ -46,7 +46,9 @@ class Answer:
     """Replicas of the placement in force that are given up."""
 
 
-def solve(layer: Layer, *, effort: float = 1.0, most_new: int = NO_LIMIT, gentle: bool = False, seed: int = 1) -> Answer:
+def solve(
+    layer: Layer, *, effort: float = 1.0, most_new: int = NO_LIMIT, gentle: bool = False, seed: int = 1
+) -> Answer:
     """The best placement found.
 
     effort    1 is about 30 ms for one layer; the search grows with it
@@ -108,7 +110,7 @@ def _searched(fixed: Fixed, start_EG: NDArray[np.bool_], plan: tuple[Schedule, i
 
 
 def _finish(fixed: Fixed, state: State) -> None:
-    """Split more finely under sharper norms; large layers only once, every pass over them takes tens of milliseconds."""
+    """Split more finely under sharper norms; large layers only once, a pass takes tens of milliseconds."""
     if fixed.token_AE.size * state.replica_EP.shape[1] > LARGE:
         sweep(fixed, state, 1, 1, DOUBLINGS)
         return

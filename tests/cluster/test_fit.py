@@ -69,8 +69,22 @@ def test_a_dead_link_is_named() -> None:
 @pytest.mark.slow
 def test_a_probe_between_ranks_writes_a_cluster(tmp_path: Path) -> None:
     out = tmp_path / "c.toml"
-    command = [sys.executable, "-m", "moestro", "cluster", "probe", "--ranks", "2", "--payload-mb", "1", "--out", str(out)]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, env=dict(os.environ), timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "moestro",
+        "cluster",
+        "probe",
+        "--ranks",
+        "2",
+        "--payload-mb",
+        "1",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, check=True, env=dict(os.environ), timeout=120
+    )
     rates = json.loads(done.stdout)["gb_per_s"]
     assert rates[0][1] > 0 < rates[1][0]
     assert read_cluster(out).network[0].fan_out == 2

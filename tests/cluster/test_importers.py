@@ -14,7 +14,12 @@ SPEEDS = {"host": 450.0, "leaf": 50.0, "spine": 25.0}
 MATRIX = "\tGPU0\tGPU1\tGPU2\tGPU3\tCPU Affinity\n" + "\n".join(
     f"GPU{row}\t" + "\t".join(cells) + "\t0-7"
     for row, cells in enumerate(
-        [["X", "NV12", "SYS", "SYS"], ["NV12", "X", "SYS", "SYS"], ["SYS", "SYS", "X", "NV12"], ["SYS", "SYS", "NV12", "X"]]
+        [
+            ["X", "NV12", "SYS", "SYS"],
+            ["NV12", "X", "SYS", "SYS"],
+            ["SYS", "SYS", "X", "NV12"],
+            ["SYS", "SYS", "NV12", "X"],
+        ]
     )
 )
 
@@ -28,7 +33,9 @@ def samples() -> Path:
 
 def test_nvidia_smi_with_nvswitch_is_one_level(samples: Path) -> None:
     inside = read_nvidia_smi((samples / "nvidia_smi_topo_8gpu_nics.txt").read_text())
-    assert [(level.name, level.fan_out, level.gb_per_s) for level in inside.levels] == [("host", 8, pytest.approx(18 * 20.6))]
+    assert [(level.name, level.fan_out, level.gb_per_s) for level in inside.levels] == [
+        ("host", 8, pytest.approx(18 * 20.6))
+    ]
     assert inside.cards == 4
 
 

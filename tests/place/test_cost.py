@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from parks import layer, park, skewed
 
 from moestro.cluster.links import links_of
 from moestro.core.errors import PlacementError
@@ -18,7 +19,6 @@ from moestro.place.cost import (
     sync_bytes,
 )
 from moestro.place.solve import split
-from parks import layer, park, skewed
 
 HERE = np.array([[100.0, 0], [0, 100.0]])
 
@@ -49,7 +49,9 @@ def test_replicas_pay_for_gradients_and_new_ones_for_moving() -> None:
     assert step_time(case, even_split(held_EG)).move_s == pytest.approx(8e6 / 10e9 / 100)
 
 
-def dispatched_bytes(case, placement: Placement, expert_TK: np.ndarray, source_T: np.ndarray, merge: bool) -> np.ndarray:  # type: ignore[no-untyped-def]
+def dispatched_bytes(
+    case, placement: Placement, expert_TK: np.ndarray, source_T: np.ndarray, merge: bool
+) -> np.ndarray:  # type: ignore[no-untyped-def]
     """A dispatcher in slow motion: every token's copies walk their routes; one copy per host where merged."""
     links = case.links
     counted_L = np.zeros(len(links.names))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from parks import layer, park, skewed
 
 from moestro.place.anneal import Schedule, anneal, empty_undo
 from moestro.place.bound import dual_bound, exact, quick_bound, relaxed_bound
@@ -12,7 +13,6 @@ from moestro.place.cost import Layer, TokenSet, contiguous, step_time
 from moestro.place.prepare import fixed_arrays, loaded, placement_of
 from moestro.place.solve import solve, split, spread_start
 from moestro.place.state import put, take
-from parks import layer, park, skewed
 
 
 def brute_force(case: Layer) -> float:
@@ -63,7 +63,9 @@ def test_an_answer_is_the_same_every_time() -> None:
 
 def test_slots_are_respected_and_every_expert_lives() -> None:
     case = layer(park(2, 4), skewed(8, 16), 3)
-    case = replace(case, slot_G=np.array([1, 2, 3, 4, 1, 2, 3, 4]), held_EG=contiguous(16, np.array([1, 2, 3, 4, 1, 2, 3, 4])))
+    case = replace(
+        case, slot_G=np.array([1, 2, 3, 4, 1, 2, 3, 4]), held_EG=contiguous(16, np.array([1, 2, 3, 4, 1, 2, 3, 4]))
+    )
     held_EG = solve(case, effort=0.2).placement.held_EG
     assert (held_EG.sum(axis=0) <= case.slot_G).all()
     assert held_EG.any(axis=1).all()
@@ -116,7 +118,9 @@ def test_merged_copies_are_bounded_and_solved() -> None:
     assert answer.time.total_s <= 1.08 * best.step_s
 
 
-@pytest.mark.parametrize("case", [layer(park(2, 4), skewed(8, 16), 3, gradient_bytes=1e6, state_bytes=1e7), with_pairs()])
+@pytest.mark.parametrize(
+    "case", [layer(park(2, 4), skewed(8, 16), 3, gradient_bytes=1e6, state_bytes=1e7), with_pairs()]
+)
 def test_the_searchs_running_loads_equal_the_exact_cost(case: Layer) -> None:
     fixed = fixed_arrays(case)
     state = loaded(fixed, spread_start(case))
