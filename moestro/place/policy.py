@@ -3,8 +3,8 @@
     now, planned, moving, drift, error -> decide -> Verdict
 
 A plan is taken when what it saves over its life exceeds what moving costs, with a margin for the prediction's error.
-Its life is how long the loads it was made for last: until drift has carried off as much as HALF of them, never beyond the
-end of training, and never longer than the loads were watched. Shares may always be refitted: that moves nothing.
+Its life is how long the loads it was made for last: until drift has carried off HALF of them, never beyond the end of
+training, and never longer than the loads were watched. Shares may always be refitted: that moves nothing.
 """
 
 from dataclasses import dataclass
