@@ -3,7 +3,8 @@
     global        replicate the experts with most load per replica, pack all replicas onto devices
     hierarchical  pack groups of experts onto hosts, replicate inside every host, pack onto the host's devices
 
-Packing: heaviest first onto the least loaded pack that has room. Replicas of one expert may land on one device, as there.
+Packing: heaviest first onto the least loaded pack that has room. Replicas of one
+expert may land on one device, as there.
 """
 
 import numpy as np

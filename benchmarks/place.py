@@ -5,7 +5,7 @@
 scale    58 layers x 256 experts on 320 devices; 64 devices x 256 experts
 midsize  4 hosts x 8 devices, 32 experts, 64 slots on four networks, against a search 150 times as long and the LP bound
 balance  max/mean tokens of a device where links are equal, and bytes between hosts, beside EPLB's two policies
-replay   steps plus moves over `samples` x 10 steps of seven streams (streams.py) on two networks, against doing nothing,
+replay   steps plus moves over `samples` x 10 steps of seven streams (streams.py) on two networks, against nothing,
          EPLB every 10 and 100 steps, a greedy spread every 10, and that spread with EMA 0.7 and a pay-back gate
 record   writing the load trace, per step
 

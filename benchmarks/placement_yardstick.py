@@ -2,8 +2,9 @@
 
     python benchmarks/placement_yardstick.py --module FILE [--effort 1] [--bound-limit 20] [--table] [--seed 1]
 
-FILE has `build_cases()`, which returns {name: Instance}, and `score(instance, x)`, as in ../shared/placement/yardstick.py;
-only these two and the Instance's fields are used. Prints one JSON object {case: {step_ms, bound_ms, seconds}}: the
+FILE has `build_cases()`, which returns {name: Instance}, and `score(instance, x)`, as in ../shared/placement/
+yardstick.py; only these two and the Instance's fields are used.
+ Prints one JSON object {case: {step_ms, bound_ms, seconds}}: the
 score of our placement, a lower bound on any placement's, and the seconds that placing took (after one call to compile
 and with the closed-form bound; the tighter bound printed here, a linear programme, is not in them). --table also prints
 a table to stderr.

@@ -127,5 +127,6 @@ def _start_ranks(ranks: int) -> None:
     base = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "moestro", *sys.argv[1:]]
     started = [subprocess.Popen(command, env={**base, "RANK": str(rank)}) for rank in range(ranks)]
-    if any([process.wait() for process in started]):
+    failed = [process.wait() for process in started]
+    if any(failed):
         raise ClusterError("a rank of the probe failed; its message stands above")

@@ -1,4 +1,4 @@
-"""`moestro place TRACE CLUSTER`: where experts should live, what that saves, and how far it is from the best possible."""
+"""`moestro place TRACE CLUSTER`: where experts should live, what that saves, how far it is from the best."""
 
 import json
 import sys

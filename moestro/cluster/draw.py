@@ -15,7 +15,7 @@ MOST_LINES = 60
 
 
 def draw(cluster: Cluster, devices: int = 0) -> list[str]:
-    """Lines of text; `devices` is needed where the outermost level is open (then one unit of the level below is drawn)."""
+    """Lines of text; without `devices` an open outermost level is drawn with two units."""
     open_ended = not devices and not cluster.hosts and cluster.most_devices == float("inf")
     sizes = cluster.unit_sizes()
     shown = devices or (2 * int(sizes[-2]) if open_ended and len(sizes) > 1 else 0)

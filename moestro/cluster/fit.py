@@ -3,8 +3,8 @@
     rate_RR, latency_RR -> fit_levels -> levels and exceptions of a Cluster
 
 A unit's link out is at least as fast as its best pair, so out_u = max over v of rate(u, v), and in_v likewise. Where
-rate(u, v) is clearly below min(out_u, in_v), something further up is the bottleneck: units that reach each other at full
-rate form one unit of the next level, and the same question is asked between those. What a unit has less (or more) than
+rate(u, v) is clearly below min(out_u, in_v), something further up is the bottleneck: units that reach each other at
+full rate form one unit of the next level, and the same is asked between those. What a unit has less (or more) than
 the median becomes an exception.
 
 Dimension key:  R ranks   U units of a level
@@ -89,7 +89,7 @@ def _between(rate_RR: Floats, units: Sequence[tuple[int, ...]]) -> Floats:
 
 
 def _grouped(rate_UU: Floats) -> list[list[int]]:
-    """Units that reach each other at what their own links can do, in order of their first; all in one group if none do."""
+    """Units that reach each other at what their own links can do, in order; one group of all if none do."""
     count = len(rate_UU)
     out_U, in_U = rate_UU.max(axis=1), rate_UU.max(axis=0)
     full_UU = rate_UU >= NEAR * np.minimum(out_U[:, None], in_U[None, :])

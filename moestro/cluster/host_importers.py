@@ -2,8 +2,8 @@
 
     text -> read_nvidia_smi | read_nccl | read_hwloc -> Inside(levels, device, cards)
 
-Bandwidths are what NCCL assumes (src/graph/topo.h, xml.cc at 5067397c): per NVLink and direction 20 GB/s on sm70 and sm80,
-12 on sm86, 20.6 on sm90, 40.1 on sm100; PCIe by generation and width; `SYS` crosses the processors' interconnect.
+Bandwidths are what NCCL assumes (src/graph/topo.h, xml.cc at 5067397c): per NVLink and direction 20 GB/s on sm70 and
+sm80, 12 on sm86, 20.6 on sm90, 40.1 on sm100; PCIe by generation and width; `SYS` crosses the processors' interconnect.
 Devices are grouped by their fastest connections; where these do not nest into equal groups, the slowest counts.
 """
 

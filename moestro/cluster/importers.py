@@ -262,7 +262,7 @@ def read_kubernetes(text: str, kueue: str = "") -> Nesting:
 
 
 def _used_levels(labels: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The usual levels that every node has a label of, without those that tell no two nodes apart further than the next."""
+    """The usual levels that every node has a label of, up to the first that all nodes share."""
     used = [group for group in NODE_LEVELS if all(any(label in one for label in group) for one in labels)]
     if not used:
         raise ClusterError(

@@ -218,7 +218,8 @@ def _units(cluster: Cluster, devices: int) -> Ints:
     room = int((rows[-1] == 0).sum())
     if room < wanted and devices:
         raise ClusterError(
-            f"{cluster.name} has {room} devices, {wanted} are asked for; raise network.{cluster.network[-1].name}.fan_out"
+            f"{cluster.name} has {room} devices, {wanted} are asked for; "
+            f"raise network.{cluster.network[-1].name}.fan_out"
         )
     rows, wanted = [row[:room] for row in rows], room
     _check_exceptions(cluster, rows, wanted)

@@ -4,7 +4,7 @@
 
 Every ordered pair of ranks exchanges a small message (latency) and a large one (bandwidth) while the others are silent.
 Then all ranks of a unit send at once to the next unit: what each gets tells how many share a link. One all-to-all of
-everybody is timed and compared with what the fitted links predict: their quotient is the crowding factor of `place.cost`.
+everybody is timed and compared with what the fitted links predict: their quotient is the crowding.
 
 The only module of `cluster` that needs torch, imported when the probe runs.
 """

@@ -119,8 +119,8 @@ class ExceptionSpec:
     __pydantic_config__ = STRICT
     level: str
     units: tuple[int, ...]
-    """Which units of the level below, counted over the whole park from 0: hosts on the level that joins hosts, devices on
-    the lowest."""
+    """Which units of the level below, counted over the whole park from 0: hosts on the level that joins hosts,
+    devices on the lowest."""
     gb_per_s: float | None = None
     """Of their links out into this level; None leaves it."""
     gb_per_s_in: float | None = None

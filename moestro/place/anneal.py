@@ -1,9 +1,9 @@
-"""Search placements by small changes: exchange a replica, swap two, add, drop; keep what helps, and at first some that does not.
+"""Search placements by small changes: exchange a replica, swap two, add, drop; keep what helps.
 
     state -> anneal -> the same state, better
 
-Simulated annealing (Kirkpatrick et al. 1983) with a number of moves, not a clock, and a random generator of its own: the
-same input gives the same answer on every machine. Each move takes the flows of the one or two experts it touches out,
+Simulated annealing (Kirkpatrick et al. 1983) with a number of moves, not a clock, and a random generator of its own:
+the same input gives the same answer on every machine. Each move takes the flows of its one or two experts out,
 changes their replicas and splits them anew (`state.put`); a refused move is undone from a copy.
 """
 
@@ -60,10 +60,11 @@ def empty_undo(fixed: Fixed) -> Undo:
 
 
 @compiled
-def drawn(seed_1: Ints, below: int) -> int:
-    """A whole number in 0..below-1 (Park and Miller's minimal standard generator)."""
-    seed_1[0] = seed_1[0] * 16807 % 2147483647
-    return seed_1[0] % below
+def drawn(seed_2: Ints, below: int) -> int:
+    """A whole number in 0..below-1: two multiplicative generators combined (L'Ecuyer 1988)."""
+    seed_2[0] = seed_2[0] * 40014 % 2147483563
+    seed_2[1] = seed_2[1] * 40692 % 2147483399
+    return (seed_2[0] - seed_2[1]) % 2147483562 * below // 2147483562
 
 
 @compiled
@@ -108,39 +109,39 @@ def _restore(fixed: Fixed, state: State, undo: Undo, first: int, second: int) ->
 
 
 @compiled
-def _hot_expert(fixed: Fixed, state: State, load_E: Floats, seed_1: Ints) -> int:
+def _hot_expert(fixed: Fixed, state: State, load_E: Floats, seed_2: Ints) -> int:
     """One of two drawn experts, the one with more tokens per replica."""
-    one, two = drawn(seed_1, len(load_E)), drawn(seed_1, len(load_E))
+    one, two = drawn(seed_2, len(load_E)), drawn(seed_2, len(load_E))
     return one if load_E[one] * state.count_E[two] >= load_E[two] * state.count_E[one] else two
 
 
 @compiled
 def _propose(
-    fixed: Fixed, state: State, load_E: Floats, seed_1: Ints, dropping: bool
+    fixed: Fixed, state: State, load_E: Floats, seed_2: Ints, dropping: bool
 ) -> tuple[int, int, int, int, int, int]:
-    """(first, leaves, enters, second, leaves, enters): up to two experts and the devices they leave and enter, -1 none."""
+    """(first, leaves, enters, second, leaves, enters): two experts and devices they leave and enter, or -1."""
     devices = len(fixed.slot_G)
-    kind = drawn(seed_1, 100)
-    here = drawn(seed_1, devices)
+    kind = drawn(seed_2, 100)
+    here = drawn(seed_2, devices)
     if kind < 8 or state.used_G[here] == 0:
-        return drawn(seed_1, len(load_E)), -1, -1, -1, -1, -1
-    mine = state.resident_GC[here, drawn(seed_1, state.used_G[here])]
+        return drawn(seed_2, len(load_E)), -1, -1, -1, -1, -1
+    mine = state.resident_GC[here, drawn(seed_2, state.used_G[here])]
     if dropping and kind < 16:
         return (mine, here, -1, -1, -1, -1) if state.count_E[mine] > 1 else (-1, -1, -1, -1, -1, -1)
     if kind < 60:
-        entering = _hot_expert(fixed, state, load_E, seed_1)
+        entering = _hot_expert(fixed, state, load_E, seed_2)
         if state.held_EG[entering, here] or state.count_E[entering] == state.replica_EP.shape[1]:
             return -1, -1, -1, -1, -1, -1
         if state.used_G[here] < fixed.slot_G[here]:
             return entering, -1, here, -1, -1, -1
         if state.count_E[mine] > 1:
             return mine, here, -1, entering, -1, here
-    there = drawn(seed_1, devices)
+    there = drawn(seed_2, devices)
     if there == here or state.held_EG[mine, there]:
         return -1, -1, -1, -1, -1, -1
     if state.used_G[there] < fixed.slot_G[there]:
         return mine, here, there, -1, -1, -1
-    theirs = state.resident_GC[there, drawn(seed_1, state.used_G[there])]
+    theirs = state.resident_GC[there, drawn(seed_2, state.used_G[there])]
     if state.held_EG[theirs, here]:
         return -1, -1, -1, -1, -1, -1
     return mine, here, there, theirs, there, here
@@ -149,13 +150,15 @@ def _propose(
 @compiled
 def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int) -> float:
     """Improve `state` in place; returns its potential in seconds."""
-    seed_1 = np.array([seed])
+    seed_2 = np.array([seed * 7919 + 1, seed * 104729 + 1]) % 2147483399
+    for _ in range(8):
+        drawn(seed_2, 2)
     load_E = fixed.token_AE.sum(0)
     current = potential(fixed, state, schedule.doublings)
     scale = scale_of(state, schedule.doublings)
     for move in range(schedule.moves):
         heat = current * schedule.hot * (schedule.cold / schedule.hot) ** (move / schedule.moves)
-        first, leaves, enters, second, leaves2, enters2 = _propose(fixed, state, load_E, seed_1, schedule.dropping)
+        first, leaves, enters, second, leaves2, enters2 = _propose(fixed, state, load_E, seed_2, schedule.dropping)
         if first < 0:
             continue
         other = first if second < 0 else second
@@ -176,7 +179,7 @@ def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int
             put(fixed, state, many, schedule.portions, scale)
         found = potential(fixed, state, schedule.doublings)
         allowed = state.new_1[0] <= max(fixed.most_new, new_before)
-        if allowed and (found <= current or drawn(seed_1, 1000000) < 1e6 * exp((current - found) / heat)):
+        if allowed and (found <= current or drawn(seed_2, 1000000) < 1e6 * exp((current - found) / heat)):
             current = found
             scale = scale_of(state, schedule.doublings)
         else:

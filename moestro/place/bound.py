@@ -108,14 +108,22 @@ def _ascend(fixed: Fixed, part_EH: Floats, price_L: Floats, price_G: Floats, rou
             _answer(fixed, part_EH, expert, chosen, cost_AG, load_L, load_G, sync_L, move_L, used_G)
         best = max(best, value)
         step = pace / (1.0 + 0.03 * turn)
-        for price_N, load_N in ((price_L, load_L), (price_G, load_G), (sync_price_L, sync_L), (move_price_L, move_L)):
-            top = load_N.max()
-            if top > 0.0:
-                price_N *= np.exp(step * (load_N / top - 1.0))
-                price_N += 1e-9
+        _raise_prices(price_L, load_L, step)
+        _raise_prices(price_G, load_G, step)
+        _raise_prices(sync_price_L, sync_L, step)
+        _raise_prices(move_price_L, move_L, step)
         unit = value / max(fixed.slot_G.sum(), 1)
         slot_price_G = np.maximum(slot_price_G + 0.15 * step * unit * (used_G - fixed.slot_G), 0.0)
     return best
+
+
+@compiled
+def _raise_prices(price_N: Floats, load_N: Floats, step: float) -> None:
+    """Multiply by how loaded each is beside the busiest."""
+    top = load_N.max()
+    if top > 0.0:
+        price_N *= np.exp(step * (load_N / top - 1.0))
+        price_N += 1e-9
 
 
 @compiled
@@ -181,7 +189,7 @@ def _best_set(token_A: Floats, cost_AG: Floats, hold_G: Floats) -> tuple[int, fl
 
 
 @compiled
-def _answer(
+def _answer(  # noqa: PLR0913, PLR0917
     fixed: Fixed,
     part_EH: Floats,
     expert: int,

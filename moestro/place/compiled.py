@@ -1,28 +1,44 @@
 """Compile a function of numbers and NumPy arrays where numba is installed; run it as plain Python where it is not.
 
 Both give the same answers (no fast-math, a random generator of our own); plain Python takes some hundred times longer,
-so `solve` searches less there. Compiled code is kept beside the source or in the user's cache: the first call on a
-machine takes seconds, later ones none.
+so `solve` searches less there. The first call on a machine compiles for some seconds. Compiled code is kept in the
+user's cache in a folder named by a hash of all kernels' sources: numba itself only watches a function's own file, and
+would keep a caller of one that changed.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-try:
-    import numba
-except ImportError:
-    numba = None
+numba: Any = import_module("numba") if find_spec("numba") else None
 
 COMPILED = numba is not None
 """Whether numba is there."""
+KERNELS = ("state.py", "anneal.py", "prepare.py", "bound.py")
+"""Files with compiled functions."""
+
+
+def _cache_folder() -> str:
+    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in KERNELS)
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(root) / "moestro" / f"place-{hashlib.sha256(sources).hexdigest()[:16]}")
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a kernel."""
     if numba is None:
         return function
-    made: Callable[P, R] = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = _cache_folder()
+    try:
+        made: Callable[P, R] = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    finally:
+        numba.config.CACHE_DIR = before
     return made

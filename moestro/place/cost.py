@@ -4,7 +4,7 @@
 
     exchange   exchanges x bytes / bandwidth of the busiest link (dispatch and combine, forward and backward: 4)
     compute    passes x tokens / speed of the slowest device (forward once, backward twice: 3)
-    gradients  every replica beside the home sends its gradient home and gets weights back, `sync_share` of it not hidden
+    gradients  every replica beside the home sends its gradient home and gets weights back, `sync_share` not hidden
     moving     bytes of new replicas over the busiest link, paid once, spread over `horizon_steps`
 
 With token sets given, a token crosses to a host once, however many of its experts are there: links between hosts carry,
@@ -255,7 +255,8 @@ def slots_that_fit(links: Links, expert_bytes: float, other_bytes: float) -> Int
         device = int(np.argmin(slot_G))
         have, need = links.memory_bytes_G[device] / 2**30, (other_bytes + expert_bytes) / 2**30
         raise PlacementError(
-            f"device {device} has {have:.1f} GiB, one replica and the rest need {need:.1f} GiB; use fewer layers per device"
+            f"device {device} has {have:.1f} GiB, one replica and the rest need {need:.1f} GiB; "
+            "use fewer layers per device"
         )
     return slot_G
 

@@ -2,8 +2,8 @@
 
     LoadWriter.append(step, count_LE) ... -> loads.trace -> read_loads -> (step_N, count_NLE)
 
-One JSON header line, then fixed records of uint32: the step, then the counts, layer after layer, by source rank where the
-header says so, then pairs of experts chosen together where it says so. A killed run leaves at
+One JSON header line, then fixed records of uint32: the step, then the counts, layer after layer, by source rank where
+the header says so, then pairs of experts chosen together where it says so. A killed run leaves at
 most one torn record, which reading drops; where a resumed run went back, its records replace the earlier ones.
 No torch.
 

@@ -2,9 +2,9 @@
 
     now, planned, moving, drift, error -> decide -> Verdict
 
-A plan is taken when what it saves over its life exceeds what moving costs, with a margin for the prediction's error. Its
-life is how long the loads it was made for last: until drift has carried off as much as HALF of them, never beyond the
-end of training, and never longer than the loads have been watched. Shares may always be refitted: that moves nothing.
+A plan is taken when what it saves over its life exceeds what moving costs, with a margin for the prediction's error.
+Its life is how long the loads it was made for last: until drift has carried off HALF of them, never beyond the end of
+training, and never longer than the loads were watched. Shares may always be refitted: that moves nothing.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from enum import StrEnum
 HALF = 0.5
 """Relative change of the loads at which a placement counts as outlived."""
 LONGEST_STEPS = 2000.0
-LEAST_GAIN = 0.01
+LEAST_GAIN = 0.02
 """Share of the step below which nothing is moved."""
 
 

@@ -2,9 +2,9 @@
 
     counts, step by step -> Predictor.update -> predict() -> (load_LE, error_L), drift_L
 
-A short memory follows drift and shakes; a long one averages bursts away and lags. All run side by side; the one with the
-smallest recent error is used, layer by layer (Holt 1957 for the damped trend). The error is that prediction's recent
-relative error, in 0..2: half of it is the share of tokens that went elsewhere than predicted.
+A short memory follows drift and shakes; a long one averages bursts away and lags. All run side by side; the one with
+the smallest recent error is used, layer by layer (Holt 1957 for the damped trend). The error is that prediction's
+recent relative error, in 0..2: half of it is the share of tokens that went elsewhere than predicted.
 
 Dimension key:  L layers   E experts   M memories
 """

@@ -2,8 +2,8 @@
 
     Layer -> fixed_arrays -> Fixed -> spread / loaded -> State -> placement_of
 
-Up to `SEPARATE` devices every device is a source of its own. Beyond, a host's devices are taken together: a router sends
-much the same from each of them, and a source's own port is the one link that placement hardly changes.
+Up to `SEPARATE` devices every device is a source of its own. Beyond, a host's devices are taken together: a router
+sends much the same from each of them, and a source's own port is the one link that placement hardly changes.
 
 Dimension key:  A sources (devices or hosts)   E experts   G devices   L links   R places of a route   H hosts
 """
@@ -52,16 +52,16 @@ def fixed_arrays(layer: Layer, most_new: int = NO_LIMIT, serial: bool = False) -
         link_cost_L=layer.exchanges * layer.token_bytes / rate_L,
         device_cost_G=layer.passes / layer.tokens_per_s_G,
         slot_G=np.ascontiguousarray(layer.slot_G, np.int64),
-        pair_route_GGR=links.route_GGR,
+        pair_route_GGR=np.ascontiguousarray(links.route_GGR),
         sync_cost_L=layer.sync_share * layer.gradient_bytes / rate_L,
         move_cost_L=layer.state_bytes / layer.horizon_steps / rate_L,
-        home_E=layer.home_E.astype(np.int64),
-        nearest_EG=layer.nearest_EG,
-        host_A=links.host_G if len(token_AE) == links.devices else np.arange(links.hosts),
-        host_G=links.host_G,
-        upper_HHR=upper_HHR,
-        type_start_EH=start_EH,
-        type_stop_EH=stop_EH,
+        home_E=np.ascontiguousarray(layer.home_E, np.int64),
+        nearest_EG=np.ascontiguousarray(layer.nearest_EG),
+        host_A=np.ascontiguousarray(links.host_G) if len(token_AE) == links.devices else np.arange(links.hosts),
+        host_G=np.ascontiguousarray(links.host_G),
+        upper_HHR=np.ascontiguousarray(upper_HHR),
+        type_start_EH=start_EH.copy(),
+        type_stop_EH=stop_EH.copy(),
         type_of_X=type_X,
         type_expert_TK=expert_TK,
         type_token_T=token_T,
@@ -128,7 +128,7 @@ def _token_types(layer: Layer) -> tuple[Ints, Ints, Ints, Ints, Floats]:
 
 @compiled
 def spread(token_E: Floats, speed_G: Floats, slot_G: Ints, host_G: Ints, held_EG: NDArray[np.uint8]) -> None:
-    """Fill held_EG: slots go to the experts with most tokens per replica, replicas to hosts without one, idle devices first."""
+    """Fill held_EG: slots to the experts with most tokens per replica, replicas to hosts without one."""
     experts, devices = held_EG.shape
     count_E, left_G, load_G = np.ones(experts, np.int64), slot_G.copy(), np.zeros(devices)
     hosts = host_G.max() + 1

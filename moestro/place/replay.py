@@ -3,8 +3,8 @@
     loads over time + Policy -> replay -> Replay(step_s, move_s, plans, moved)
 
 Every `interval` steps the policy sees the counts so far and may plan; steps run on the loads that come after. Moving is
-blocking: the new replicas' weights and optimiser state over their busiest link. Policies are objects with `plan`; ours is
-`Gated`, baselines are in benchmarks/place.py.
+blocking: the new replicas' weights and optimiser state over their busiest link. Policies are objects with `plan`; ours
+is `Gated`, baselines are in benchmarks/place.py.
 
 Dimension key:  N samples   S sources   E experts   G devices
 """

@@ -87,7 +87,8 @@ def source_loads(trace: Trace, devices: int) -> tuple[Floats, Floats]:
     sources = trace.source_NLSE.shape[2]
     if sources != devices:
         raise PlacementError(
-            f"the trace was recorded on {sources} ranks, the cluster has {devices} devices; give the cluster they ran on"
+            f"the trace was recorded on {sources} ranks, the cluster has {devices} devices; "
+            "give the cluster they ran on"
         )
     predictor = Predictor(layers, sources * experts)
     for count_LSE in trace.source_NLSE:
@@ -97,7 +98,7 @@ def source_loads(trace: Trace, devices: int) -> tuple[Floats, Floats]:
 
 
 def token_sets(trace: Trace, number: int, token_SE: Floats, links: Links) -> tuple[TokenSet, ...]:
-    """Pairs of experts as token sets, every host's in proportion to its tokens; exact where tokens choose two experts."""
+    """Pairs of experts as token sets, by host in proportion to tokens; exact where tokens choose two."""
     assert trace.pair_NLX is not None
     pair_X = trace.pair_NLX[-1, number].astype(float)
     first_X, second_X = pair_index(token_SE.shape[1])
@@ -211,7 +212,7 @@ def table(reports: Sequence[LayerReport]) -> list[str]:
     )
     lines = [
         head,
-        f"{'':>5s} {'ms':>9s} {'ms':>9s} {'ms':>9s} {'':>7s} {'/ mean':>15s} {'MB a dispatch':>21s} {'':>6s} {'+-':>6s}",
+        f"{'':>5s} {'ms':>9s} {'ms':>9s} {'ms':>9s} {'':>7s} {'/ mean':>15s} {'MB a dispatch':>21s}" + f"{'+-':>14s}",
     ]
     for number, one in enumerate(reports):
         layer = one.layer
@@ -243,7 +244,8 @@ def drawing(one: LayerReport, most_devices: int = 64) -> list[str]:
             lines.append(f"host {host}")
         bar = "█" * round(20 * time_G[device] / max(time_G.max(), 1e-30))
         experts = [
-            f"{expert}{f'/{count_E[expert]}' if count_E[expert] > 1 else ''}{'' if layer.held_EG[expert, device] else '+'}"
+            f"{expert}{f'/{count_E[expert]}' if count_E[expert] > 1 else ''}"
+            f"{'' if layer.held_EG[expert, device] else '+'}"
             for expert in np.flatnonzero(held_EG[:, device])
         ]
         lines.append(f"  {device:3d} {bar:20s} {' '.join(experts)}")

@@ -16,7 +16,7 @@ from moestro.place.anneal import Schedule, anneal, empty_undo, sweep
 from moestro.place.compiled import COMPILED
 from moestro.place.cost import Layer, Placement, StepTime, step_time
 from moestro.place.prepare import NO_LIMIT, SEPARATE, fixed_arrays, loaded, placement_of, spread
-from moestro.place.state import Fixed, State
+from moestro.place.state import MOST_REPLICAS, Fixed, State
 
 DOUBLINGS = 4
 """Norms with p = 16 while searching."""
@@ -57,7 +57,8 @@ def solve(
     """
     fixed = fixed_arrays(layer, most_new, serial=gentle)
     near = gentle or most_new < NO_LIMIT
-    best = _searched(fixed, layer.held_EG if near else spread_start(layer), _plan(layer, fixed, effort, gentle), seed)
+    start_EG = layer.held_EG if near else spread_start(layer)
+    best = _searched(fixed, start_EG, _plan(layer, fixed, _moves(fixed, effort, start_EG), gentle), seed)
     placement = placement_of(layer, best)
     moved = int((placement.held_EG & ~layer.held_EG).sum())
     freed = int((layer.held_EG & ~placement.held_EG).sum())
@@ -80,9 +81,8 @@ def spread_start(layer: Layer) -> NDArray[np.bool_]:
     return held_EG.astype(bool)
 
 
-def _plan(layer: Layer, fixed: Fixed, effort: float, gentle: bool) -> tuple[Schedule, int]:
+def _plan(layer: Layer, fixed: Fixed, moves: int, gentle: bool) -> tuple[Schedule, int]:
     """How to search, and from how many starts: two where there are moves enough."""
-    moves = _moves(fixed, effort)
     per_slot = moves / max(int(fixed.slot_G.sum()), 1)
     hot = 0.001 if gentle else float(np.clip(0.03 * (per_slot / 60) ** 1.5, 0.001, 0.03))
     portions = 4 if len(fixed.token_AE) <= SEPARATE else 1
@@ -110,17 +110,29 @@ def _searched(fixed: Fixed, start_EG: NDArray[np.bool_], plan: tuple[Schedule, i
 
 
 def _finish(fixed: Fixed, state: State) -> None:
-    """Split more finely under sharper norms; large layers only once, every pass over them takes tens of milliseconds."""
-    if fixed.token_AE.size * state.replica_EP.shape[1] > LARGE:
+    """Split more finely under sharper norms; large layers only once, a pass takes tens of milliseconds."""
+    if _large(fixed):
         sweep(fixed, state, 1, 1, DOUBLINGS)
         return
-    portions = 16 if len(fixed.token_AE) <= SEPARATE else 3
-    sweep(fixed, state, 1, portions, DOUBLINGS)
-    sweep(fixed, state, 2, portions, FINE_DOUBLINGS)
+    separate = len(fixed.token_AE) <= SEPARATE
+    sweep(fixed, state, 1, 16 if separate else 2, DOUBLINGS)
+    sweep(fixed, state, 2 if separate else 1, 16 if separate else 2, FINE_DOUBLINGS)
 
 
-def _moves(fixed: Fixed, effort: float) -> int:
-    """Moves that the effort allows, from what one costs on this layer (microseconds, measured)."""
+def _moves(fixed: Fixed, effort: float, start_EG: NDArray[np.bool_]) -> int:
+    """Moves that the effort allows, from what one costs on this layer (microseconds, measured).
+
+    A move touches an expert in proportion to its replicas and pays for each of them again.
+    """
     sources, _, places = fixed.route_AGR.shape
-    one = 0.5 + 0.03 * len(fixed.link_cost_L) + (0.6 if fixed.dedup else 0.26) * sources * places
-    return max(int(effort * WORK / one * (1.0 if COMPILED else ONLY_PYTHON)), 50)
+    count_E = start_EG.sum(axis=1)
+    replicas = float((count_E**2).sum() / count_E.sum())
+    separate = sources == len(fixed.slot_G)
+    one = 0.5 + 0.04 * len(fixed.link_cost_L) + (0.1 if separate else 0.06) * sources * places * replicas
+    one *= 1.8 if fixed.dedup else 1.0
+    share = 0.2 if _large(fixed) else 1.0 if separate else 0.7
+    return max(int(effort * share * WORK / one * (1.0 if COMPILED else ONLY_PYTHON)), 50)
+
+
+def _large(fixed: Fixed) -> bool:
+    return fixed.token_AE.size * min(len(fixed.slot_G), MOST_REPLICAS) > LARGE

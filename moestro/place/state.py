@@ -261,7 +261,7 @@ def put(fixed: Fixed, state: State, expert: int, portions: int, scale: tuple[flo
         tokens = fixed.token_AE[source, expert]
         if tokens <= 0.0:
             continue
-        steps = 1 if replicas == 1 else min(portions, 1 + int(2.0 * tokens / even))
+        steps = 1 if replicas == 1 else min(portions, 1 + int(0.5 * portions * tokens / even))
         for _ in range(steps):
             chosen, least = 0, np.inf
             for place in range(replicas if replicas > 1 else 0):

@@ -72,7 +72,7 @@ def test_rates_that_are_none_are_refused(rate: float) -> None:
 def test_too_few_devices_and_unknown_units_are_named() -> None:
     with pytest.raises(ClusterError, match="park has 4 devices, 9 are asked for"):
         links_of(park(HOST, NET), 9)
-    with pytest.raises(ClusterError, match="names unit 7; there are 0..1"):
+    with pytest.raises(ClusterError, match=r"names unit 7; there are 0\.\.1"):
         links_of(park(HOST, NET, exceptions=(exception("net", 7, gb_per_s=1),)))
     with pytest.raises(ClusterError, match="'rack'; the network's levels are host, net"):
         park(HOST, NET, exceptions=(exception("rack", 0, gb_per_s=1),))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from parks import layer, park, skewed
 
 from moestro.cluster.links import links_of
 from moestro.core.errors import PlacementError
@@ -18,7 +19,6 @@ from moestro.place.cost import (
     sync_bytes,
 )
 from moestro.place.solve import split
-from parks import layer, park, skewed
 
 HERE = np.array([[100.0, 0], [0, 100.0]])
 

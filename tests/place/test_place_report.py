@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parks import layer, park, skewed
 from typer.testing import CliRunner
 
 from moestro.cli.main import app
@@ -15,7 +16,6 @@ from moestro.place.loads import LoadWriter, count_pairs, pair_index, read_trace
 from moestro.place.plan_file import read_placements, save_placements
 from moestro.place.report import Costs, place_trace, source_loads
 from moestro.place.solve import solve
-from parks import layer, park, skewed
 
 
 def write_trace(path: Path, sources: int = 0, steps: int = 5) -> Path:

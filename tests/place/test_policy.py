@@ -1,12 +1,12 @@
-"""`place.policy`, `place.predict`, `place.replay`: move when it pays, follow drift, spend less than the alternatives."""
+"""`place.policy`, `place.predict`, `place.replay`: move when it pays, follow drift, spend less."""
 
 import numpy as np
 import pytest
+from parks import layer, park, skewed
 
 from moestro.place.policy import Reason, decide, life_steps
 from moestro.place.predict import Predictor, mean_load
 from moestro.place.replay import Gated, Stay, replay
-from parks import layer, park, skewed
 
 SURE = {"life": 100.0, "error": 0.0}
 
@@ -18,7 +18,7 @@ def test_a_plan_moves_when_it_pays_back_with_margin() -> None:
 
 
 def test_no_gain_or_an_unsure_one_moves_nothing() -> None:
-    assert decide(now_s=1.0, planned_s=0.995, move_s=0.0, **SURE).reason is Reason.SAME
+    assert decide(now_s=1.0, planned_s=0.985, move_s=0.0, **SURE).reason is Reason.SAME
     assert decide(now_s=1.0, planned_s=1.1, move_s=0.0, **SURE).reason is Reason.SAME
     assert decide(now_s=1.0, planned_s=0.5, move_s=0.0, life=100, error=2.0).reason is Reason.UNSURE
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from parks import layer, park, skewed
 
 from moestro.place.anneal import Schedule, anneal, empty_undo
 from moestro.place.bound import dual_bound, exact, quick_bound, relaxed_bound
@@ -12,7 +13,6 @@ from moestro.place.cost import Layer, TokenSet, contiguous, step_time
 from moestro.place.prepare import fixed_arrays, loaded, placement_of
 from moestro.place.solve import solve, split, spread_start
 from moestro.place.state import put, take
-from parks import layer, park, skewed
 
 
 def brute_force(case: Layer) -> float:
