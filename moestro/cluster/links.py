@@ -73,7 +73,7 @@ class Links:
         """What every link carries when amount_GG goes from device to device."""
         weight_GGR = np.broadcast_to(amount_GG[:, :, None], self.route_GGR.shape)
         used = self.route_GGR >= 0
-        return np.bincount(self.route_GGR[used], weight_GGR[used], minlength=len(self.names))
+        return np.bincount(self.route_GGR[used], weight_GGR[used], minlength=len(self.names)).astype(np.float64)
 
 
 def from_use(

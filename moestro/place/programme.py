@@ -165,10 +165,10 @@ def _set_rows(rows: _Rows, fixed: Fixed, share_AEG: Ints, t_link: int, first: in
         np.full(len(number), np.inf),
     )
     route_TH = fixed.upper_HHR[host_T]
-    kind, host, place = np.nonzero(route_TH >= 0)
-    link = route_TH[kind, host, place]
-    load = fixed.type_token_T[kind] * fixed.link_cost_L[link]
-    _at_most(rows, link, copy_TH[kind, host], load, t_link, len(fixed.link_cost_L))
+    kind_A, host_A, hop_A = np.nonzero(route_TH >= 0)
+    link = route_TH[kind_A, host_A, hop_A]
+    load = fixed.type_token_T[kind_A] * fixed.link_cost_L[link]
+    _at_most(rows, link, copy_TH[kind_A, host_A], load, t_link, len(fixed.link_cost_L))
     # what sets send to a host is what sources send to its devices
     tie_X = expert_X * hosts + host_T[kind_X]
     expert, source, device = (part.ravel() for part in np.indices((share_AEG.shape[1], *share_AEG.shape[::2])))

@@ -56,14 +56,19 @@ def compare(make_recipe: MakeRecipe, ranks: int, *settings: str) -> None:
     run_on_ranks(check_learns_the_same, recipe, wanted, ranks=ranks)
 
 
+def slow(*settings: str) -> Any:
+    """A case for the long suite; the quick one keeps one or two of each kind."""
+    return pytest.param(settings, marks=pytest.mark.slow, id=" ".join(settings))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        ("dist.dp_replicate=4",),
+        slow("dist.dp_replicate=4"),
         ("dist.ep=2",),
-        ("dist.ep=4",),
+        slow("dist.ep=4"),
         ("dist.dp_replicate=2", "dist.ep=2"),
-        ("dist.ep=2", "train.recompute=true"),
+        slow("dist.ep=2", "train.recompute=true"),
         ("dist.ep=2", "train.micro_batches=2", "train.sequences=14"),
     ],
     ids=" ".join,
@@ -77,8 +82,8 @@ def test_data_and_expert_parallel_learn_what_one_rank_learns(
 @pytest.mark.parametrize(
     "settings",
     [
-        ("dist.zero=1", "dist.ep=2", "train.micro_batches=2", "train.sequences=8"),
-        ("dist.zero=2", "dist.ep=4", "train.micro_batches=2", "train.sequences=8"),
+        slow("dist.zero=1", "dist.ep=2", "train.micro_batches=2", "train.sequences=8"),
+        slow("dist.zero=2", "dist.ep=4", "train.micro_batches=2", "train.sequences=8"),
         ("dist.zero=3", "dist.ep=2"),
         ("dist.zero=3", "dist.dp_replicate=2", "dist.ep=2", "train.recompute=true"),
     ],
@@ -94,10 +99,10 @@ def test_sharing_out_state_gradients_and_weights_changes_nothing(
     "settings",
     [
         ("dist.tp=2", "dist.ep=2"),
-        ("dist.tp=2", "dist.ep=4", "dist.zero=3", "model.attention.qk_norm=head"),
+        slow("dist.tp=2", "dist.ep=4", "dist.zero=3", "model.attention.qk_norm=head"),
         ("dist.tp=2", "dist.ep=2", "dist.expert_tp=true", "model.moe.shared_width=8"),
-        ("dist.tp=2", "dist.dp_replicate=2", "model.dense_layers=[0]", "model.dense_width=24"),
-        ("dist.tp=2", "dist.zero=1", "dist.expert_tp=true", "model.attention.bias=true", "train.recompute=true"),
+        slow("dist.tp=2", "dist.dp_replicate=2", "model.dense_layers=[0]", "model.dense_width=24"),
+        slow("dist.tp=2", "dist.zero=1", "dist.expert_tp=true", "model.attention.bias=true", "train.recompute=true"),
         (
             "dist.tp=2",
             "model.attention.kind=mla",
@@ -118,12 +123,12 @@ PIPELINE = ("train.micro_batches=4", "train.sequences=8", "model.num_layers=4")
 @pytest.mark.parametrize(
     "settings",
     [
-        ("dist.pp=2",),
+        slow("dist.pp=2"),
         ("dist.pp=2", "dist.ep=2", "train.recompute=true"),
-        ("dist.pp=2", "dist.tp=2", "model.tied_head=false"),
-        ("dist.pp=2", "dist.schedule=interleaved"),
+        slow("dist.pp=2", "dist.tp=2", "model.tied_head=false"),
+        slow("dist.pp=2", "dist.schedule=interleaved"),
         ("dist.pp=2", "dist.ep=2", "dist.schedule=zero_bubble"),
-        ("dist.pp=4", "model.dense_layers=[0]", "model.dense_width=24"),
+        slow("dist.pp=4", "model.dense_layers=[0]", "model.dense_width=24"),
     ],
     ids=" ".join,
 )
@@ -139,12 +144,12 @@ def test_two_level_dispatch_learns_what_one_rank_learns(make_recipe: MakeRecipe)
     "router",
     [
         ("rule=expert_choice", "selection_bias=none"),
-        ("rule=quantile", "score=sigmoid"),
-        ("rule=topk", "selection_bias=quantile"),
+        slow("rule=quantile", "score=sigmoid"),
+        slow("rule=topk", "selection_bias=quantile"),
         ("rule=topk", "selection_bias=loss_free", "z_loss=0.01", "score=sigmoid"),
-        ("rule=relu",),
-        ("rule=null", "num_null=2"),
-        ("rule=gap", "aux_scope=sequence"),
+        slow("rule=relu"),
+        slow("rule=null", "num_null=2"),
+        slow("rule=gap", "aux_scope=sequence"),
         ("rule=gap", "aux_scope=global"),
         ("rule=topp", "k=3", "mean_experts=1.5"),
     ],
@@ -191,10 +196,10 @@ def test_a_whole_run_equals_one_rank_and_evaluates_on_one_machine(make_recipe: M
     [
         ("4 dist.ep=4", "2 dist.ep=2"),
         ("4 dist.pp=2 dist.ep=2 train.micro_batches=2", "2 dist.ep=2 train.micro_batches=2"),
-        ("4 dist.tp=2 dist.ep=2 dist.expert_tp=true", "2 dist.ep=2"),
+        pytest.param("4 dist.tp=2 dist.ep=2 dist.expert_tp=true", "2 dist.ep=2", marks=pytest.mark.slow),
         pytest.param("4 dist.ep=4", "2 dist.ep=1", marks=pytest.mark.slow),
         pytest.param("2 dist.ep=1", "4 dist.ep=2", marks=pytest.mark.slow),
-        ("4 dist.ep=2", "4 dist.ep=2"),
+        pytest.param("4 dist.ep=2", "4 dist.ep=2", marks=pytest.mark.slow),
         pytest.param("4 dist.ep=2 dist.zero=3", "2 dist.ep=2", marks=pytest.mark.slow),
         pytest.param("2 dist.ep=2", "4 dist.ep=2 dist.zero=1", marks=pytest.mark.slow),
         pytest.param("4 dist.ep=2 dist.zero=3", "4 dist.ep=2 dist.zero=3", marks=pytest.mark.slow),
@@ -242,9 +247,9 @@ def test_every_number_is_written_by_exactly_one_rank(make_recipe: MakeRecipe) ->
     "settings",
     [
         ("dist.compression=topk", "dist.density=0.05"),
-        ("dist.compression=int8", "dist.layerwise=true"),
-        ("dist.sync=local", "dist.sync_every=3"),
-        ("dist.sync=diloco", "dist.sync_every=3", "dist.sync_after=3", "dist.compression=int8"),
+        slow("dist.compression=int8", "dist.layerwise=true"),
+        slow("dist.sync=local", "dist.sync_every=3"),
+        slow("dist.sync=diloco", "dist.sync_every=3", "dist.sync_after=3", "dist.compression=int8"),
         ("dist.sync=stale", "dist.sync_every=3", "dist.staleness=2"),
         ("dist.sync=hybrid", "dist.sync_every=3", "dist.dp_shard=2", "dist.ep=2"),
     ],
