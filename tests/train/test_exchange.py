@@ -20,7 +20,7 @@ from torch import Tensor
 
 import moestro
 from moestro.core.config import to_table
-from moestro.core.errors import CheckpointError, FamilyError
+from moestro.core.errors import CheckpointError, FamilyError, StorageError
 from moestro.core.specs import AttentionSpec, ModelSpec, MoESpec, RouterSpec
 from moestro.core.tokens import ByteTokenizer
 from moestro.nn.decoder import Decoder
@@ -412,7 +412,7 @@ def test_a_full_disk_leaves_no_half_export(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(exporting, "write_tensors", full)
-    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+    with pytest.raises(StorageError, match="cannot be written: No space left on device"):
         export_folder(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
