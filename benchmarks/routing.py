@@ -220,7 +220,12 @@ def draw(rows: list[dict[str, Any]], runs: list[dict[str, Any]], steps: int) -> 
         if mine:
             at = sorted(mine[0])
             curves.append(
-                Series(rule, at, [statistics.mean(c[step] for c in mine) for step in at], colour=f"c{number}")
+                Series(
+                    name=rule,
+                    x=at,
+                    y=[statistics.mean(c[step] for c in mine) for step in at],
+                    colour=f"c{number}",
+                )
             )
     learning = line_chart("Held-out loss while training", curves, x=Axis(label="step"), y=Axis(label="nats per token"))
     return standalone_svg(difference, learning)
@@ -252,6 +257,7 @@ def main() -> None:
     print_table(rows)
     found = {"bench": "routing", "date": time.strftime("%Y-%m-%d"), "steps": options.steps, "rows": rows}
     if [*options.only] == [*RULES]:
+        (ROOT / "benchmarks/results").mkdir(exist_ok=True)
         (ROOT / "benchmarks/results/routing.json").write_text(json.dumps(found, indent=1))
         (ROOT / "docs/routing.svg").write_text(draw(rows, runs, options.steps))
     print(json.dumps(found))
