@@ -3,8 +3,15 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from moestro.cluster.links import Links
+    from moestro.cluster.topology import Cluster
+    from moestro.place.loads import Trace
+    from moestro.place.report import Costs, LayerReport
 
 
 def place(
@@ -31,35 +38,22 @@ def place(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Place experts for recorded loads: before, after, lower bound, plan and drawing."""
-    import numpy as np
-
     from moestro.cluster.links import links_of
     from moestro.cluster.topology import read_cluster
     from moestro.core.charts import standalone_svg
     from moestro.core.errors import PlacementError
     from moestro.core.files import write_text
-    from moestro.place.cost import slots_that_fit
     from moestro.place.loads import read_trace
     from moestro.place.plan_file import read_placements, save_placements
-    from moestro.place.report import Costs, charts, drawing, place_trace, table
+    from moestro.place.report import charts, drawing, place_trace, table
 
     loads = read_trace(trace)
     park = read_cluster(cluster, settings)
     links = links_of(park, devices)
     layers, experts = loads.count_NLE.shape[1:]
-    state_bytes = 16.0 * expert_params
-    slot_G = np.full(links.devices, slots) if slots else slots_that_fit(links, layers * state_bytes, 0.0)
     if not 0 <= show_layer < layers:
         raise PlacementError(f"--show {show_layer} is not a layer of the trace; it has 0..{layers - 1}")
-    peak = max(park.device.peak_tflops.get("bf16", 0.0), park.device.peak_tflops.get("fp32", 0.0))
-    costs = Costs(
-        token_bytes=2.0 * width,
-        tokens_per_s=tokens_per_s or 0.4 * peak * 1e12 / (2.0 * expert_params),
-        slot_G=np.minimum(slot_G, experts),
-        gradient_bytes=2.0 * expert_params,
-        state_bytes=state_bytes,
-        horizon_steps=horizon,
-    )
+    costs = _costs(park, links, loads, slots, width, expert_params, tokens_per_s, horizon)
     held = None
     if current is not None:
         found = read_placements(current, num_layers=layers, num_experts=experts, devices=links.devices)
@@ -77,21 +71,51 @@ def place(
     if svg is not None:
         write_text(svg, standalone_svg(*charts(reports)))
     if as_json:
-        rows = [
-            {
-                "before_ms": 1e3 * one.before_time.total_s,
-                "after_ms": 1e3 * one.after_time.total_s,
-                "bound_ms": 1e3 * one.bound_s,
-                "proven": one.proven,
-                "moved": one.moved,
-                "holders": [row[row >= 0].tolist() for row in one.after.device_EP],
-            }
-            for one in reports
-        ]
-        print(json.dumps({"devices": links.devices, "layers": rows}))
+        print(json.dumps({"devices": links.devices, "layers": [_as_json(one) for one in reports]}))
         return
     print("\n".join(table(reports)))
     print(f"\nlayer {show_layer}: devices, their load, their experts (/n: n replicas, +: copied there)")
     print("\n".join(drawing(reports[show_layer])))
     if out is not None:
         print(f"\nwritten: {out}")
+
+
+def _costs(
+    park: "Cluster",
+    links: "Links",
+    loads: "Trace",
+    slots: int,
+    width: int,
+    expert_params: float,
+    tokens_per_s: float,
+    horizon: float,
+) -> "Costs":
+    """What rows, replicas and moves cost: bfloat16 rows and gradients, weights with both moments in float32."""
+    import numpy as np
+
+    from moestro.place.cost import slots_that_fit
+    from moestro.place.report import Costs
+
+    layers, experts = loads.count_NLE.shape[1:]
+    state_bytes = 16.0 * expert_params
+    slot_G = np.full(links.devices, slots) if slots else slots_that_fit(links, layers * state_bytes, 0.0)
+    peak = max(park.device.peak_tflops.get("bf16", 0.0), park.device.peak_tflops.get("fp32", 0.0))
+    return Costs(
+        token_bytes=2.0 * width,
+        tokens_per_s=tokens_per_s or 0.4 * peak * 1e12 / (2.0 * expert_params),
+        slot_G=np.minimum(slot_G, experts),
+        gradient_bytes=2.0 * expert_params,
+        state_bytes=state_bytes,
+        horizon_steps=horizon,
+    )
+
+
+def _as_json(one: "LayerReport") -> dict[str, Any]:
+    return {
+        "before_ms": 1e3 * one.before_time.total_s,
+        "after_ms": 1e3 * one.after_time.total_s,
+        "bound_ms": 1e3 * one.bound_s,
+        "proven": one.proven,
+        "moved": one.moved,
+        "holders": [row[row >= 0].tolist() for row in one.after.device_EP],
+    }

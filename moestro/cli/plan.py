@@ -259,11 +259,11 @@ def _question(
 
 def _loads(path: Path, experts: int) -> "Array":
     """Of a run's loads.trace, or of a JSON trace."""
-    from moestro.place.loads import read_loads as read_trace
+    from moestro.place.loads import read_trace
     from moestro.plan.loads import checked_loads, read_loads
 
     if path.suffix == ".trace":
-        return checked_loads(read_trace(path)[1], experts, str(path))
+        return checked_loads(read_trace(path).count_NLE, experts, str(path))
     return read_loads(path, experts)
 
 
@@ -354,20 +354,20 @@ def _simulated_run(
 def _as_json(question: "Question", found: "Found", settings: list[str], tokens: float) -> dict[str, Any]:
     from moestro.plan.explain import memory_parts, model_flops_share, question_peak, time_parts
     from moestro.plan.layout import as_table, text_of
-    from moestro.plan.profile import TENTH
+    from moestro.plan.profile import band
     from moestro.plan.search import room_gib
 
     layouts = []
     for layout, step, memory in zip(found.layouts, found.steps, found.memories, strict=True):
         seconds = float(step.total_s)
-        factor = 2.718281828459045 ** (TENTH * found.spread)
+        low, high = band(seconds, found.spread)
         layouts.append(
             {
                 "text": text_of(layout),
                 "layout": as_table(layout),
                 "step_s": seconds,
-                "p10_s": seconds / factor,
-                "p90_s": seconds * factor,
+                "p10_s": low,
+                "p90_s": high,
                 "mfu": model_flops_share(question, seconds, question_peak(question)),
                 "memory_gib": float(memory.total_gib),
                 "time_ms": time_parts(step),

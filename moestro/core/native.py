@@ -35,7 +35,7 @@ def load_native(
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:
         return None, "no C++ compiler found; install g++ to get them"
-    target = _cache_folder() / f"{source.stem}-{_fingerprint(compiler, source, [*flags, *link, depends])}.so"
+    target = cache_folder() / f"{source.stem}-{_fingerprint(compiler, source, [*flags, *link, depends])}.so"
     if not target.exists():
         problem = _compile(compiler, source, flags, link, target)
         if problem:
@@ -46,7 +46,8 @@ def load_native(
         return None, f"{target} cannot be loaded ({error}); delete it"
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where compiled code of this user lies."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "moestro"
 

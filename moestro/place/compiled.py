@@ -6,13 +6,15 @@ user's cache in a folder named by a hash of all kernels' sources: numba itself o
 would keep a caller of one that changed.
 """
 
+import functools
 import hashlib
-import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+
+from moestro.core.native import cache_folder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,10 +27,10 @@ KERNELS = ("state.py", "anneal.py", "prepare.py", "bound.py")
 """Files with compiled functions."""
 
 
+@functools.cache
 def _cache_folder() -> str:
     sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in KERNELS)
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(root) / "moestro" / f"place-{hashlib.sha256(sources).hexdigest()[:16]}")
+    return str(cache_folder() / f"place-{hashlib.sha256(sources).hexdigest()[:16]}")
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:

@@ -11,7 +11,7 @@ from moestro.core.axes import Axis
 from moestro.core.charts import Bar, bars, standalone_svg
 from moestro.plan.layout import text_of
 from moestro.plan.memory import GIB, Memory
-from moestro.plan.profile import MEMORY_SPREAD, TENTH
+from moestro.plan.profile import MEMORY_SPREAD, band
 from moestro.plan.search import Found, Question, room_gib
 from moestro.plan.shape import ModelShape
 from moestro.plan.step import StepTime
@@ -84,14 +84,12 @@ def chart(question: Question, step: StepTime, memory: Memory, spread: float) -> 
     """An SVG of both: milliseconds by part, gigabytes by category."""
     total = 1e3 * float(step.total_s)
     time_rows = [Bar(name=name, value=value, colour="c0") for name, value in time_parts(step).items()]
-    low, high = total * np.exp(-TENTH * spread), total * np.exp(TENTH * spread)
-    whole = Bar(name="step", value=total, low=float(low), high=float(high), note="p10 to p90", colour="c1")
+    low, high = band(total, spread)
+    whole = Bar(name="step", value=total, low=low, high=high, note="p10 to p90", colour="c1")
     peak = float(memory.total_gib)
     memory_rows = [Bar(name=name, value=value, colour="c2") for name, value in memory_parts(memory).items()]
-    edge = np.exp(TENTH * MEMORY_SPREAD)
-    top = Bar(
-        name="peak", value=peak, low=peak / edge, high=peak * edge, note=f"of {room_gib(question):.0f} GiB", colour="c3"
-    )
+    least, most = band(peak, MEMORY_SPREAD)
+    top = Bar(name="peak", value=peak, low=least, high=most, note=f"of {room_gib(question):.0f} GiB", colour="c3")
     title = f"{question.shape.name} on {question.devices} x {question.cluster.device.name}"
     return standalone_svg(
         bars(f"Where a step's time goes: {title}", [whole, *time_rows], x=Axis(unit="ms"), row_height=26),
@@ -105,7 +103,7 @@ def table_lines(question: Question, found: Found) -> list[str]:
     lines = ["  #   step s  (p10 - p90)        tokens/s/device    MFU    GiB  layout"]
     for number, (layout, step, memory) in enumerate(zip(found.layouts, found.steps, found.memories, strict=True), 1):
         seconds = float(step.total_s)
-        low, high = seconds * np.exp(-TENTH * found.spread), seconds * np.exp(TENTH * found.spread)
+        low, high = band(seconds, found.spread)
         lines.append(
             f"{number:3d} {seconds:8.3f}  ({low:.3f} - {high:.3f}) {tokens_per_device_s(question, seconds):12.0f}"
             f" {100 * model_flops_share(question, seconds, peak):9.1f} % {float(memory.total_gib):6.1f}"

@@ -8,12 +8,11 @@ Where the input is a recipe, all its tables stay; only what the layout decides i
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tomli_w
 
 from moestro.core.files import write_text
 from moestro.plan.layout import SCHEDULES, Layout, recompute_text, text_of
-from moestro.plan.profile import TENTH
+from moestro.plan.profile import band
 from moestro.plan.schedule import cut
 from moestro.plan.search import Found, Question
 
@@ -78,7 +77,7 @@ def plan_text(question: Question, found: Found, source: Table) -> str:
     """The file: predictions as comments, then the recipe."""
     layout, step, memory = found.layouts[0], found.steps[0], found.memories[0]
     seconds = float(step.total_s)
-    low, high = seconds * np.exp(-TENTH * found.spread), seconds * np.exp(TENTH * found.spread)
+    low, high = band(seconds, found.spread)
     comments = [
         f"{question.shape.name} on {question.devices} x {question.cluster.device.name}: {text_of(layout)}",
         f"predicted: {seconds:.4g} s a step (p10 {low:.4g}, p90 {high:.4g}), {float(memory.total_gib):.1f} GiB at most",

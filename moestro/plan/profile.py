@@ -11,6 +11,7 @@ band's spread is what the report, the software and the device may do that the pr
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
@@ -38,6 +39,12 @@ TENTH = 1.2816
 """Standard deviations from the median to the tenth part of a normal distribution."""
 MEMORY_SPREAD = 0.04
 """Of the logarithm of peak memory, on rows with a measured peak."""
+
+
+def band(median: float, spread: float) -> tuple[float, float]:
+    """p10 and p90 of a lognormal figure; `spread` is the standard deviation of its logarithm."""
+    edge = math.exp(TENTH * spread)
+    return median / edge, median * edge
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ computed first, because it is cheaper and rules most layouts out. Nothing is sam
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 
@@ -230,30 +231,34 @@ def candidates(question: Question, space: Space | None = None) -> Layout:
 def _cuts(question: Question) -> list[tuple[int, int, int, int, int]]:
     """(tp, pp, cp, ep, etp) that divide devices, heads, layers, experts and batch."""
     shape, devices, fixed = question.shape, question.devices, question.fixed
-    experts, host = int(shape.experts), int(min(question.cluster.unit_sizes()[0], MOST_TENSOR))
-    heads, kv = int(shape.heads), int(shape.kv_heads)
+    experts = int(shape.experts)
     found = []
+    for tp, pp, cp in _dense_cuts(question):
+        ranks = devices // pp
+        for ep, etp in product(divisors(experts, ranks) if experts else [1], {1, tp} if experts else {1}):
+            if ranks % (ep * etp) or int(shape.expert_width or etp) % etp:
+                continue
+            cut = (tp, pp, cp, ep, etp)
+            names = ("tp", "pp", "cp", "ep", "etp")
+            if all(fixed.get(name, size) == size for name, size in zip(names, cut, strict=True)):
+                found.append(cut)
+    return found
+
+
+def _dense_cuts(question: Question) -> Iterator[tuple[int, int, int]]:
+    """(tp, pp, cp) that divide devices, heads, layers and batch."""
+    shape, devices = question.shape, question.devices
+    host = int(min(question.cluster.unit_sizes()[0], MOST_TENSOR))
+    heads, kv = int(shape.heads), int(shape.kv_heads)
     for tp in divisors(devices, host):
         if heads % tp or (not float(shape.latent) and kv % tp and tp % kv):
             continue
         for pp in divisors(devices // tp, int(shape.num_layers)):
             for cp in divisors(devices // (tp * pp), 64):
                 data = devices // (tp * pp * cp)
-                if (
-                    question.sequences % data
-                    or question.length % (2 * cp * tp)
-                    or (cp > 1 and question.length / cp < 512)
-                ):
-                    continue
-                for ep in divisors(experts, devices // pp) if experts else [1]:
-                    for etp in {1, tp} if experts else {1}:
-                        if (devices // pp) % (ep * etp) or int(shape.expert_width or etp) % etp:
-                            continue
-                        cut = (tp, pp, cp, ep, etp)
-                        names = ("tp", "pp", "cp", "ep", "etp")
-                        if all(fixed.get(name, size) == size for name, size in zip(names, cut, strict=True)):
-                            found.append(cut)
-    return found
+                short = cp > 1 and question.length / cp < 512
+                if not (question.sequences % data or question.length % (2 * cp * tp) or short):
+                    yield tp, pp, cp
 
 
 def _possible(question: Question, cut: list[Array], option: list[Array]) -> np.ndarray:
