@@ -188,6 +188,10 @@ def shape_of(spec: ModelSpec, extras: PlanningExtras | None = None, name: str = 
     extras, attention, moe = extras or PlanningExtras(), spec.attention, spec.moe
     if attention.kind == "transformer_xl":
         raise PlanError("model.attention.kind is transformer_xl; planning knows gqa and mla")
+    if not spec.vocab_size:
+        raise PlanError(
+            "model.vocab_size is 0, to be taken from the tokenizer; planning needs it: --set model.vocab_size=4096"
+        )
     latent = attention.kind == "mla"
     rope = attention.rope_head_dim if latent else 0
     windowed = extras.windowed_layers or (spec.num_layers if attention.window else 0)
