@@ -7,7 +7,7 @@ Three ways that give the same result:
 
     loop      one expert after the other in plain torch: the reference, any device and type
     grouped   torch.nn.functional.grouped_mm: one launch for all experts (no float64; rows of 16 bytes)
-    fused     nn/kernels/fused_experts.py: gather, products and combine in one pass over CPU caches
+    fused     nn/kernels/experts.cpp: own products on CPU threads, gathers and conversions while packing
 
 Dimension key:  T tokens, or rows that came from other ranks   K slots of each   N routed rows   D width   E experts
                 F expert width   R rank of what experts do not share

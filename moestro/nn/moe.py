@@ -75,11 +75,11 @@ class MoE(nn.Module):
         return y_TD.view_as(x_BSD), record
 
     def fastest_path(self, x_TD: Tensor) -> Path:
-        """How the experts compute: as asked, or fused where the CPU kernels exist, else grouped, else the loop."""
+        """How the experts compute: as asked, or fused where our CPU products are best, else grouped, else the loop."""
         if self.path != "auto":
             return self.path
         own = isinstance(self.experts, Experts)
-        if own and cpu.usable(x_TD) and self.experts.down_EFD.dtype == torch.float32:
+        if own and cpu.has_products(x_TD) and self.experts.down_EFD.dtype == torch.float32:
             return "fused"
         rank = () if own else (self.spec.sharing_rank,)
         return "grouped" if takes_grouped(x_TD, self.experts.width, self.experts.hidden, *rank) else "loop"

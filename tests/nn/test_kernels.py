@@ -6,14 +6,15 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from moestro.core.specs import RopeSpec
-from moestro.nn.experts import swiglu
+from moestro.core.specs import MoESpec, RopeSpec
+from moestro.nn.experts import Experts, Path
 from moestro.nn.kernels import cpu
 from moestro.nn.kernels.causal_attention import causal_attention
-from moestro.nn.kernels.fused_experts import padded_rows
 from moestro.nn.kernels.head_loss import head_loss
+from moestro.nn.permute import sort_by_expert
 from moestro.nn.rope import Rotary
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=cpu.why_not())
@@ -21,33 +22,57 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 0.02, "atol": 0.02}}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 7, 64])
-def test_swiglu_and_its_gradient(dtype: torch.dtype, width: int) -> None:
-    gate_up = (3 * torch.randn(9, 2 * width)).to(dtype).requires_grad_()
-    weight = torch.rand(9, requires_grad=True)
-    d_act = torch.randn(9, width).to(dtype)
-    act, again, d_gate_up, d_weight = (
-        torch.empty_like(d_act),
-        torch.empty_like(d_act),
-        torch.empty_like(gate_up),
-        torch.empty(9),
+def expert_layer(
+    path: Path, x: Tensor, weight_TK: Tensor, expert_TK: Tensor, weights: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """y, and the gradients of x, routing weights, gate_up and down, of sum(y * x)."""
+    experts, d_y = Experts(x.shape[1], MoESpec(num_experts=len(weights[0]), expert_width=weights[1].shape[1])), x
+    inputs = [tensor.clone().requires_grad_() for tensor in (x, weight_TK)]
+    for parameter, weight in zip(experts.parameters(), weights, strict=True):
+        parameter.data = weight.clone()
+    y = experts(inputs[0], inputs[1], sort_by_expert(expert_TK, len(weights[0])), path)
+    return y.detach(), *torch.autograd.grad(y, [*inputs, *experts.parameters()], d_y)
+
+
+@pytest.mark.parametrize("pair", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize("sizes", [(1, 3, 5), (33, 34, 47), (2500, 70, 40), (150, 40, 1100)])
+def test_the_expert_layer_equals_the_loop_in_float64(pair: tuple[str, str], sizes: tuple[int, int, int]) -> None:
+    """One row; ragged tiles; more rows than a block of a sum takes; a deeper sum than a block."""
+    torch.manual_seed(0)
+    tokens, width, hidden = sizes
+    kind, weight_kind = (getattr(torch, name) for name in pair)
+    x = torch.randn(tokens, width).to(kind)
+    weights = tuple(
+        (torch.randn(shape) / shape[1] ** 0.5).to(weight_kind) for shape in ((3, width, 2 * hidden), (3, hidden, width))
     )
-    cpu.swiglu(gate_up.detach(), weight.detach(), act)
-    cpu.swiglu_backward(gate_up.detach(), weight.detach(), d_act, again, d_gate_up, d_weight)
-    right = swiglu(gate_up, weight)
-    right.backward(d_act)
-    assert torch.equal(act, again)
-    torch.testing.assert_close(act, right, **TOLERANCE[dtype])
-    torch.testing.assert_close(d_gate_up, gate_up.grad, **TOLERANCE[dtype])
-    torch.testing.assert_close(d_weight, weight.grad, rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+    expert_TK = torch.stack([torch.full((tokens,), 1), torch.arange(tokens) % 3 + 1], 1)  # 0 is idle, 3 means unused
+    expert_TK[expert_TK[:, 1] == 1, 1] = 3
+    weight_TK = torch.rand(tokens, 2)
+    mine = expert_layer("fused", x, weight_TK, expert_TK, weights)
+    right = expert_layer("loop", x.double(), weight_TK.double(), expert_TK, tuple(w.double() for w in weights))
+    for got, wanted in zip(mine, right, strict=True):
+        error = float((got.double() - wanted).norm() / wanted.norm())
+        assert error < (2e-6 if kind == torch.float32 else 0.015)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_expert_layer_does_not_depend_on_threads(dtype: torch.dtype) -> None:
+    x, weights = torch.randn(700, 24).to(dtype), (torch.randn(4, 24, 80), torch.randn(4, 40, 24))
+    weight_TK, expert_TK = torch.rand(700, 2), torch.rand(700, 4).argsort()[:, :2]
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3, 3):
+        torch.set_num_threads(threads)
+        results.append(expert_layer("fused", x, weight_TK, expert_TK, weights))
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[1], results[2]))
 
 
 def test_not_a_number_stays_visible() -> None:
-    act = torch.empty(1, 2)
-    cpu.swiglu(torch.tensor([[torch.nan, 1e30, 1.0, 1e30]]), torch.ones(1), act)
-    assert act[0, 0].isnan()
-    assert act[0, 1].isinf()
+    x, weights = torch.tensor([[1.0], [torch.nan]]), (torch.full((2, 1, 2), 1e30), torch.ones(2, 1, 1))
+    y, *_ = expert_layer("fused", x, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), weights)
+    assert y[0].isinf()
+    assert y[1].isnan()
     logits = torch.tensor([[0.0, torch.nan]])
     loss = torch.empty(1)
     cpu.cross_entropy_(logits, torch.tensor([0]), loss, 1.0)
@@ -68,18 +93,6 @@ def test_turning_equals_torchs_arithmetic(monkeypatch: pytest.MonkeyPatch, dtype
     assert mine.is_contiguous()
     torch.testing.assert_close(mine, right, **TOLERANCE[dtype])
     torch.testing.assert_close(d_mine, d_right, **TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_converting_and_gathering(dtype: torch.dtype) -> None:
-    x = torch.randn(7, 5).to(dtype)
-    out, other = torch.full((4, 5), 9.0).to(dtype), torch.bfloat16 if dtype == torch.float32 else torch.float32
-    cpu.gather(x, torch.tensor([6, 0, 6]), out)
-    assert torch.equal(out, torch.cat([x[[6, 0, 6]], torch.zeros(1, 5).to(dtype)]))
-    large = torch.cat([torch.randn(40_000), torch.tensor([torch.nan, torch.inf, 1 + 2**-8, 3 * 2**-9 + 1])]).to(dtype)
-    converted = torch.empty_like(large, dtype=other)
-    cpu.convert(large, converted)
-    torch.testing.assert_close(converted, large.to(other), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,12 +122,6 @@ def test_head_loss_equals_the_loss_of_the_logits(dtype: torch.dtype) -> None:
         assert float((mine - wanted).float().norm() / wanted.float().norm()) < (
             0.01 if dtype == torch.bfloat16 else 1e-5
         )
-
-
-@pytest.mark.parametrize("size", [1, 8, 31, 33, 100, 1000, 4097])
-def test_padding_is_small_and_shapes_are_few(size: int) -> None:
-    assert size <= padded_rows(size) <= max(size + 7, size * 17 / 16)
-    assert len({padded_rows(n) for n in range(1, 5000)}) < 140
 
 
 def test_without_a_compiler_the_reason_is_said() -> None:

@@ -4,93 +4,14 @@
 // row-major and contiguous; T is float or bfloat16, arithmetic is float. Results do not depend on the number of
 // threads: rows are independent, and sums over rows go through fixed blocks that are added in order.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "numbers.h"
 
 namespace {
 
 constexpr int64_t kSmall = 1 << 14;  // numbers below which waking other threads costs more than they help
 constexpr int64_t kLarge = 1 << 21;  // the same for numbers that are only copied
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline float load(bf16 x) {
-  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline void store(float* p, float x) { *p = x; }
-inline void store(bf16* p, float x) {  // round to nearest even; NaN stays NaN because its payload survives the shift
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  p->bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40 : rounded >> 16);
-}
-
-// e^x to about 1 unit in the last place, branch-free so that it vectorises: x = n ln 2 + r, polynomial in r (Cephes).
-inline float exp_fast(float x) {
-  float bounded = std::min(std::max(x, -87.0f), 88.0f);
-  float n = std::nearbyint(bounded * 1.44269504f);
-  float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return x != x ? x : p * scale;
-}
-inline float sigmoid(float x) { return 1.0f / (1.0f + exp_fast(-x)); }
-
-// act = silu(gate) * up * weight, where a row of gate_up holds gate then up.
-template <class T>
-void swiglu(const T* gate_up, const float* weight, T* act, int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static) if (rows * width > kSmall)
-  for (int64_t i = 0; i < rows; i++) {
-    const T *gate = gate_up + i * 2 * width, *up = gate + width;
-    T* out = act + i * width;
-    float w = weight[i];
-#pragma omp simd
-    for (int64_t j = 0; j < width; j++) {
-      float g = load(gate[j]);
-      store(out + j, g * sigmoid(g) * load(up[j]) * w);
-    }
-  }
-}
-
-// From d_act: the activation again (the down product's weight gradient needs it), d_gate_up and d_weight.
-template <class T>
-void swiglu_backward(const T* gate_up, const float* weight, const T* d_act, T* act, T* d_gate_up, float* d_weight,
-                     int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static) if (rows * width > kSmall)
-  for (int64_t i = 0; i < rows; i++) {
-    const T *gate = gate_up + i * 2 * width, *up = gate + width, *d = d_act + i * width;
-    T *out = act + i * width, *d_gate = d_gate_up + i * 2 * width, *d_up = d_gate + width;
-    float w = weight[i], d_w = 0.0f;
-#pragma omp simd reduction(+ : d_w)
-    for (int64_t j = 0; j < width; j++) {
-      float g = load(gate[j]), u = load(up[j]), da = load(d[j]);
-      float s = sigmoid(g), silu = g * s, a = silu * u, dw = da * w;
-      d_w += da * a;
-      store(out + j, a * w);
-      store(d_up + j, dw * silu);
-      store(d_gate + j, dw * u * (s + silu * (1.0f - s)));
-    }
-    d_weight[i] = d_w;
-  }
-}
 
 // y[t] = sum over k of rows[slot[t, k]]; slot -1 adds nothing. The order of the sum is the order of k.
 template <class T>
@@ -243,28 +164,6 @@ void rotate(const T* x, Strides xs, const float* cosine, const float* sine, floa
       }
 }
 
-// The same numbers in the other type. On one thread up to kLarge: between two matrix products the other threads sleep,
-// and waking them takes longer than reading a megabyte.
-template <class X, class Y>
-void convert(const X* x, Y* y, int64_t size) {
-#pragma omp parallel for schedule(static) if (size > kLarge)
-  for (int64_t begin = 0; begin < size; begin += kSmall) {
-    const X* __restrict from = x + begin;
-    Y* __restrict to = y + begin;
-    int64_t left = std::min(kSmall, size - begin);
-#pragma omp simd
-    for (int64_t i = 0; i < left; i++) store(to + i, load(from[i]));
-  }
-}
-
-// Rows of x by index, then zeros up to `padded` rows.
-template <class T>
-void gather(const T* x, const int64_t* index, T* out, int64_t rows, int64_t padded, int64_t width) {
-#pragma omp parallel for schedule(static) if (rows * width > kLarge)
-  for (int64_t i = 0; i < rows; i++) std::memcpy(out + i * width, x + index[i] * width, width * sizeof(T));
-  std::memset(static_cast<void*>(out + rows * width), 0, (padded - rows) * width * sizeof(T));
-}
-
 // Counting sort of assignments by expert, stable. expert[i] == experts marks an unused place.
 //   count[e]  rows of expert e      source[n]  the assignment behind sorted row n      slot[i]  its inverse, or -1
 int64_t sort_by_expert(const int64_t* expert, int64_t assignments, int64_t experts, int64_t* count, int64_t* source,
@@ -290,15 +189,8 @@ int64_t sort_by_expert(const int64_t* expert, int64_t assignments, int64_t exper
 }  // namespace
 
 #define EXPORT(name, T)                                                                                               \
-  void swiglu_##name(const T* h, const float* w, T* a, int64_t n, int64_t f) { swiglu(h, w, a, n, f); }               \
-  void swiglu_backward_##name(const T* h, const float* w, const T* d, T* a, T* dh, float* dw, int64_t n, int64_t f) { \
-    swiglu_backward(h, w, d, a, dh, dw, n, f);                                                                        \
-  }                                                                                                                   \
   void combine_##name(const T* rows, const int64_t* slot, T* y, int64_t t, int64_t k, int64_t d) {                    \
     combine(rows, slot, y, t, k, d);                                                                                  \
-  }                                                                                                                   \
-  void gather_##name(const T* x, const int64_t* index, T* out, int64_t n, int64_t padded, int64_t d) {                \
-    gather(x, index, out, n, padded, d);                                                                              \
   }                                                                                                                   \
   void rotate_##name(const T* x, int64_t xb, int64_t xh, int64_t xs, const float* c, const float* s, float direction,   \
                      T* y, int64_t yb, int64_t yh, int64_t ys, int64_t b, int64_t h, int64_t n, int64_t p) {          \
@@ -329,8 +221,6 @@ EXPORT(bf16, bf16)
 EXPORT_NORM(f32_f32, float, float)
 EXPORT_NORM(f32_bf16, float, bf16)
 EXPORT_NORM(bf16_bf16, bf16, bf16)
-void convert_f32_bf16(const float* x, bf16* y, int64_t n) { convert(x, y, n); }
-void convert_bf16_f32(const bf16* x, float* y, int64_t n) { convert(x, y, n); }
 int64_t count_sort(const int64_t* expert, int64_t n, int64_t e, int64_t* count, int64_t* source, int64_t* slot) {
   return sort_by_expert(expert, n, e, count, source, slot);
 }

@@ -1,4 +1,4 @@
-"""Compile cpu.cpp once per machine and call it on tensors.
+"""Compile cpu.cpp and experts.cpp once per machine and call them on tensors.
 
     library() -> the loaded kernels, or None; why_not() -> the reason in words
 
@@ -7,6 +7,7 @@ It uses the OpenMP runtime that torch has already loaded: a second runtime would
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,41 @@ from torch import Tensor
 
 from moestro.core.native import load_native
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+FOLDER = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 @functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The kernels and an empty reason, or None and why."""
+def _load(name: str, declare: Callable[[ctypes.CDLL], None]) -> tuple[ctypes.CDLL | None, str]:
+    """The kernels of one source and an empty reason, or None and why."""
     runtime = _openmp_runtime()
     if runtime is None:
         return None, "torch runs without a shared OpenMP runtime here"
-    loaded, reason = load_native(SOURCE, FLAGS, link=[str(runtime), f"-Wl,-rpath,{runtime.parent}"])
+    headers = "".join(path.read_text() for path in sorted(FOLDER.glob("*.h")))
+    link = [str(runtime), f"-Wl,-rpath,{runtime.parent}"]
+    loaded, reason = load_native(FOLDER / name, FLAGS, link, depends=headers)
     try:
-        return (None, reason) if loaded is None else (_declare(loaded), "")
+        if loaded is not None:
+            declare(loaded)
     except AttributeError as error:
         return None, f"{loaded} lacks a kernel ({error}); delete it"
+    return loaded, reason
 
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
-    return _load()[0]
+    return _load("cpu.cpp", _declare)[0]
 
 
 def why_not() -> str:
     """Why `library()` is None; empty where it is not."""
-    return _load()[1]
+    return _load("cpu.cpp", _declare)[1]
+
+
+def experts_library() -> ctypes.CDLL | None:
+    """The expert layer's products, or None where they cannot be had."""
+    return _load("experts.cpp", _declare_experts)[0] if library() else None
 
 
 def _openmp_runtime() -> Path | None:
@@ -52,14 +62,11 @@ def _openmp_runtime() -> Path | None:
     return next((Path(file) for file in files if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))), None)
 
 
-def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
+def _declare(loaded: ctypes.CDLL) -> None:
     pointer: Any = ctypes.c_void_p
     integer: Any = ctypes.c_int64
     for name in NAMES.values():
-        getattr(loaded, f"swiglu_{name}").argtypes = [pointer] * 3 + [integer] * 2
-        getattr(loaded, f"swiglu_backward_{name}").argtypes = [pointer] * 6 + [integer] * 2
         getattr(loaded, f"combine_{name}").argtypes = [pointer] * 3 + [integer] * 3
-        getattr(loaded, f"gather_{name}").argtypes = [pointer] * 3 + [integer] * 3
         strided = [pointer] + [integer] * 3
         turn: Any = [pointer, pointer, ctypes.c_float]
         getattr(loaded, f"rotate_{name}").argtypes = strided + turn + strided + [integer] * 4
@@ -69,11 +76,17 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     for pair in ("f32_f32", "f32_bf16", "bf16_bf16"):
         getattr(loaded, f"rms_norm_{pair}").argtypes = [pointer] * 4 + [integer] * 2 + [ctypes.c_float]
         getattr(loaded, f"rms_norm_backward_{pair}").argtypes = [pointer] * 6 + [integer] * 2
-    for pair in ("f32_bf16", "bf16_f32"):
-        getattr(loaded, f"convert_{pair}").argtypes = [pointer] * 2 + [integer]
     loaded.count_sort.argtypes = [pointer, integer, integer] + [pointer] * 3
     loaded.count_sort.restype = integer
-    return loaded
+
+
+def _declare_experts(loaded: ctypes.CDLL) -> None:
+    pointer: Any = ctypes.c_void_p
+    integer: Any = ctypes.c_int64
+    for pair in ("f32_f32", "bf16_f32", "bf16_bf16"):
+        getattr(loaded, f"forward_{pair}").argtypes = [pointer] * 8 + [integer] * 3
+        getattr(loaded, f"backward_{pair}").argtypes = [pointer] * 14 + [integer] * 3
+    loaded.multiplied_ns.restype = integer
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -81,21 +94,32 @@ def usable(*tensors: Tensor) -> bool:
     return library() is not None and all(t.device.type == "cpu" and t.dtype in NAMES for t in tensors)
 
 
-def swiglu(gate_up_NF: Tensor, weight_N: Tensor, act_NF: Tensor) -> None:
-    """act = silu(gate) * up * weight, written into act_NF; weights are float32."""
-    rows, width = act_NF.shape  # gate_up and weights may have more rows
-    call = getattr(library(), f"swiglu_{NAMES[act_NF.dtype]}")
-    call(gate_up_NF.data_ptr(), weight_N.data_ptr(), act_NF.data_ptr(), rows, width)
+def has_products(x_TD: Tensor) -> bool:
+    """True where the expert layer's own products take x and are the fastest way: not where bfloat16 has AMX tiles."""
+    tiles = x_TD.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return usable(x_TD) and experts_library() is not None and not tiles
 
 
-def swiglu_backward(
-    gate_up_NF: Tensor, weight_N: Tensor, d_act_NF: Tensor, act_NF: Tensor, d_gate_up_NF: Tensor, d_weight_N: Tensor
-) -> None:
-    """From d_act: act again, d_gate_up and d_weight, written into the last three."""
-    rows, width = act_NF.shape
-    call = getattr(library(), f"swiglu_backward_{NAMES[act_NF.dtype]}")
-    tensors = (gate_up_NF, weight_N, d_act_NF, act_NF, d_gate_up_NF, d_weight_N)
-    call(*(tensor.data_ptr() for tensor in tensors), rows, width)
+def experts_forward(*tensors: Tensor) -> None:
+    """x, token_N, weight_N, count_E, gate_up and down of all experts -> gate_up_NF, out_ND (the last two)."""
+    _experts("forward", tensors, gate_up=tensors[4])
+
+
+def experts_backward(*tensors: Tensor) -> None:
+    """The same with d_y second, and gate_up_NF -> act_NF, d_gate_up_NF, d_x_ND, d_weight_N, d_gate_up, d_down."""
+    _experts("backward", tensors, gate_up=tensors[5])
+
+
+def _experts(way: str, tensors: tuple[Tensor, ...], gate_up: Tensor) -> None:
+    num_experts, width, both = gate_up.shape
+    call = getattr(experts_library(), f"{way}_{NAMES[tensors[0].dtype]}_{NAMES[gate_up.dtype]}")
+    call(*(tensor.data_ptr() for tensor in tensors), num_experts, width, both // 2)
+
+
+def multiplied_s() -> float:
+    """Seconds that threads have spent inside the experts' products so far, all threads together; for measurements."""
+    loaded = experts_library()
+    return loaded.multiplied_ns() / 1e9 if loaded else 0.0
 
 
 def combine(rows_ND: Tensor, slot_TK: Tensor) -> Tensor:
@@ -104,18 +128,6 @@ def combine(rows_ND: Tensor, slot_TK: Tensor) -> Tensor:
     call = getattr(library(), f"combine_{NAMES[rows_ND.dtype]}")
     call(rows_ND.data_ptr(), slot_TK.data_ptr(), y_TD.data_ptr(), *slot_TK.shape, rows_ND.shape[1])
     return y_TD
-
-
-def gather(x_TD: Tensor, index_N: Tensor, out_PD: Tensor) -> None:
-    """out[i] = x[index[i]] for the N indices, zeros in the remaining rows."""
-    call = getattr(library(), f"gather_{NAMES[x_TD.dtype]}")
-    call(x_TD.data_ptr(), index_N.data_ptr(), out_PD.data_ptr(), len(index_N), *out_PD.shape)
-
-
-def convert(x: Tensor, y: Tensor) -> None:
-    """y = x, from float32 to bfloat16 or back; both contiguous and of one size."""
-    call = getattr(library(), f"convert_{NAMES[x.dtype]}_{NAMES[y.dtype]}")
-    call(x.data_ptr(), y.data_ptr(), x.numel())
 
 
 def count_sort(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
