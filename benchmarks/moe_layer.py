@@ -1,6 +1,6 @@
 """The MoE layer after routing, forward and backward, beside other projects' and beside dense matrix products.
 
-    python benchmarks/moe_layer.py [--quick] [--json-only]
+    python benchmarks/moe_layer.py [--quick] [--dtype float32] [--experts 16] [--out FILE]
 
 T = 4096 tokens, d = 512, f = 1024, E in {16, 64}; K = 2 and mean K = 1.35; even and Zipf-1 loads; fp32 and bf16. Every
 repetition routes anew, as training does: oneDNN compiles bfloat16 products per shape, so a benchmark that repeats one
@@ -9,10 +9,12 @@ drift of the machine hits all alike. Times are lower quartiles in milliseconds, 
 ever adds; the ceiling is the same FLOPs as six dense products; `memory` is the growth of the peak resident size of a
 process that runs the layer once.
 
-Prints a table, then one JSON line.
+Prints a table, then one JSON line. Parts (`--dtype`, `--experts`) can be run at different times and put together in one
+file (`--out`).
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -22,6 +24,8 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -33,6 +37,7 @@ from torch import Tensor
 from moestro.train.device import keep_freed_memory
 
 TOKENS, WIDTH, HIDDEN = 4096, 512, 1024
+DTYPES = ("float32", "bfloat16")
 Routing = tuple[Tensor, Tensor]
 
 
@@ -136,39 +141,39 @@ def run_case(num_experts: int, dtype: torch.dtype, mean_k: float, zipf: bool, re
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions and cases")
-    parser.add_argument("--json-only", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--dtype", choices=DTYPES, help="only this type")
+    parser.add_argument("--experts", type=int, choices=(16, 64), help="only this many")
+    parser.add_argument("--out", type=Path, help="a JSON file to add the rows to, in place of the same cases there")
     options = parser.parse_args()
     keep_freed_memory()
-    repeats = 3 if options.quick else 7
     for name, why in make_peers(2, torch.float32, False)[1].items():
         print(f"{name} is not installed: {why}", file=sys.stderr)
-    memory = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for name in make_peers(2, dtype, False)[0]:
-            memory[f"{name} {str(dtype)[6:]}"] = round(peak_growth_mib(name, 16, dtype))
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for num_experts in (16, 64):
-            for zipf in (False, True):
-                for mean_k in (2.0, 1.35):
-                    case = {
-                        "dtype": str(dtype)[6:],
-                        "experts": num_experts,
-                        "load": "zipf" if zipf else "even",
-                        "k": mean_k,
-                    }
-                    found = run_case(num_experts, dtype, mean_k, zipf, repeats)
-                    rows.append({**case, "ms": found})
-                    if not options.json_only:
-                        print_case(case, found)
-    print("peak memory growth, MiB, E = 16:", memory)
+    rows: list[dict[str, Any]] = []
+    dtypes, experts = [options.dtype] if options.dtype else DTYPES, [options.experts] if options.experts else (16, 64)
+    for dtype, num_experts in itertools.product(dtypes, experts):
+        names = make_peers(2, getattr(torch, dtype), False)[0]
+        memory = {name: round(peak_growth_mib(name, num_experts, getattr(torch, dtype))) for name in names}
+        rows.append({"dtype": dtype, "experts": num_experts, "memory_mib": memory})
+        print(f"\n{dtype}, {num_experts} experts, peak memory growth of one pass, MiB:", memory)
+        for zipf, mean_k in itertools.product((False, True), (2.0, 1.35)):
+            found = run_case(num_experts, getattr(torch, dtype), mean_k, zipf, 3 if options.quick else 7)
+            load = "zipf" if zipf else "even"
+            rows.append({"dtype": dtype, "experts": num_experts, "load": load, "k": mean_k, "ms": found})
+            print_case(rows[-1], found)
     facts = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(
-        json.dumps(
-            {"bench": "moe_layer", "date": time.strftime("%Y-%m-%d"), **facts, "rows": rows, "memory_mib": memory}
-        )
-    )
+    table = {"bench": "moe_layer", "date": time.strftime("%Y-%m-%d"), **facts, "rows": rows}
+    if options.out:
+        if options.out.exists():
+            mine = [case_of(row) for row in rows]
+            table["rows"] = [r for r in json.loads(options.out.read_text())["rows"] if case_of(r) not in mine] + rows
+        options.out.write_text(json.dumps(table, indent=1) + "\n")
+    print(json.dumps(table))
+
+
+def case_of(row: dict[str, Any]) -> list[Any]:
+    """What a row is about."""
+    return [row.get(key) for key in ("dtype", "experts", "load", "k")]
 
 
 def print_case(case: dict[str, object], found: dict[str, float]) -> None:

@@ -16,8 +16,8 @@ def group() -> None:
 @app.command("show")
 def show(
     trace: Path = typer.Argument(help="A run's loads.trace."),
-    layer: int = typer.Option(0, "--layer", help="Which layer to draw."),
-    svg: Path | None = typer.Option(None, "--svg", help="Draw all layers into this file."),
+    layer: int | None = typer.Option(None, "--layer", help="Which layer to draw; else the first here, all in --svg."),
+    svg: Path | None = typer.Option(None, "--svg", help="Draw into this file."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Heat map of loads over time, with drift and how well they can be predicted."""
@@ -27,12 +27,13 @@ def show(
     from moestro.place.loads import read_trace
 
     loads = read_trace(trace)
-    lines = heat_lines(loads, layer)
+    shown = layer or 0
+    lines = heat_lines(loads, shown)
     if svg is not None:
-        write_text(svg, standalone_svg(*heat_charts(loads)))
+        write_text(svg, standalone_svg(*heat_charts(loads, layer)))
     if as_json:
-        over_EB = over_mean_EB(loads, layer)
-        print(json.dumps({"layer": layer, "steps": loads.step_N.tolist(), "over_mean": over_EB.round(4).tolist()}))
+        over_EB = over_mean_EB(loads, shown)
+        print(json.dumps({"layer": shown, "steps": loads.step_N.tolist(), "over_mean": over_EB.round(4).tolist()}))
         return
     print("\n".join([*lines, "", *summary_lines(loads)]))
     if svg is not None:

@@ -102,12 +102,3 @@ def total_norm(parameters: Mapping[str, nn.Parameter], parts: Parts, mesh: Mesh,
     if apart:
         return (mesh["copy"].sum(square) * mesh.layout.dp_replicate).sqrt().float()
     return mesh["world"].sum(square).sqrt().float()
-
-
-def scale_gradients(parameters: Mapping[str, nn.Parameter], norm: Tensor, most: float) -> None:
-    """Shrink all gradients so that their norm is at most `most`."""
-    factor = torch.clamp(most / (norm + 1e-6), max=1.0)
-    for parameter in parameters.values():
-        if parameter.grad is not None:
-            local(parameter.grad).mul_(factor)
-

@@ -59,8 +59,8 @@ def summary_lines(trace: Trace) -> list[str]:
     return lines
 
 
-def heat_charts(trace: Trace) -> list[Chart]:
-    """A heat map of every layer, and what the colours mean."""
+def heat_charts(trace: Trace, layer: int | None = None) -> list[Chart]:
+    """What the colours mean, and a heat map of every layer, or of one."""
     shades = Shades(kind="ratio", high=HIGH, label="load over the mean expert")
     steps = Axis(
         label="step", low=float(trace.step_N[0]), high=float(max(trace.step_N[-1], trace.step_N[0] + 1)), whole=True
@@ -70,6 +70,6 @@ def heat_charts(trace: Trace) -> list[Chart]:
         heat_map(
             f"Layer {layer}", over_mean_EB(trace, layer, 200), x=steps, rows=experts, shades=shades, row_label="expert"
         )
-        for layer in range(trace.count_NLE.shape[1])
+        for layer in (range(trace.count_NLE.shape[1]) if layer is None else [layer])
     ]
     return [shades_key(shades), *drawn]

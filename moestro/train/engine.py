@@ -20,6 +20,7 @@ from moestro.dist.mesh import Axis, alone
 from moestro.nn.decoder import Decoder, Output
 from moestro.nn.router import RoutingRecord, merge
 from moestro.train import checkpoint
+from moestro.train.optim import gradient_norm
 
 if TYPE_CHECKING:
     from moestro.train.trainer import StepResult, Trainer
@@ -66,12 +67,8 @@ class Engine(Protocol):
         """Our rows of a micro-batch, and their share of it, 0..1."""
         ...
 
-    def finish_gradients(self) -> Tensor:
+    def finish_gradients(self) -> float:
         """Make gradients those of the whole batch; returns their norm."""
-        ...
-
-    def clip(self, norm: Tensor, most: float) -> None:
-        """Shrink gradients so that their norm is at most `most`."""
         ...
 
     def before_update(self) -> None:
@@ -150,15 +147,10 @@ class OneRank:
         """All of them."""
         return token_BS, 1.0
 
-    def finish_gradients(self) -> Tensor:
+    def finish_gradients(self) -> float:
         """They are whole; their norm."""
         assert self.model is not None
-        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-
-    def clip(self, norm: Tensor, most: float) -> None:
-        """See `Engine`."""
-        assert self.model is not None
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
+        return gradient_norm(self.model.parameters())
 
     def before_update(self) -> None:
         """Nothing to do."""

@@ -1,10 +1,13 @@
 """AdamW with parameter groups that suit sparse models, and learning-rate schedules as pure functions."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from moestro.nn.kernels import cpu
 from moestro.train.recipe import OptimizerSpec
 
 FIRST_LR = "first_lr"
@@ -22,7 +25,60 @@ def group_of(name: str) -> str:
     return "matrix" if name.endswith(".weight") else "plain"
 
 
-def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
+class OnePassAdamW(torch.optim.AdamW):
+    """torch's AdamW that clips while it steps: on a CPU, each gradient is read once and nothing is written twice."""
+
+    @torch.no_grad()
+    def apply(self, scale: float) -> None:
+        """One step with all gradients times `scale`; state and result are those of torch's `step`, to rounding."""
+        members = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if all(_takes_kernel(parameter) for _, parameter in members):
+            for group, parameter in members:
+                self._apply(group, parameter, scale)
+            return
+        if scale != 1:
+            for _, parameter in members:
+                parameter.grad.mul_(scale)
+        self.step()
+
+    def _apply(self, group: dict[str, Any], parameter: nn.Parameter, scale: float) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        step = float(state["step"])
+        rates = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], scale)
+        assert parameter.grad is not None
+        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        cpu.adamw_(tensors, (*rates, 1 - beta1**step, math.sqrt(1 - beta2**step)))
+
+
+def _takes_kernel(parameter: nn.Parameter) -> bool:
+    tensors = (parameter, parameter.grad)
+    return all(
+        t is not None and type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_contiguous()
+        for t in tensors
+    ) and cpu.usable(parameter)
+
+
+def clip_scale(norm: float, most: float) -> float:
+    """What gradients of this norm are multiplied by so that it is at most `most`; 0 means any norm will do."""
+    return min(most / (norm + 1e-6), 1.0) if most else 1.0
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The norm of all gradients together."""
+    own, others = 0.0, []
+    for parameter in parameters:
+        if parameter.grad is not None and _takes_kernel(parameter):
+            own += cpu.sum_of_squares(parameter.grad)
+        elif parameter.grad is not None:
+            others.append(parameter.grad)
+    return math.sqrt(own + float(torch.nn.utils.get_total_norm(others)) ** 2)
+
+
+def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> OnePassAdamW:
     """Experts and matrices decay; routers, norms, biases and embeddings do not. One fused pass per step."""
     members: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -37,7 +93,7 @@ def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
         }
         for group, parameters in sorted(members.items())
     ]
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+    return OnePassAdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
 
 
 def lr_share(spec: OptimizerSpec, step: int, steps: int) -> float:

@@ -23,7 +23,7 @@ from moestro.core.tokens import Tokenizer
 from moestro.dist.layout import Layout, fit
 from moestro.dist.mesh import Mesh, join, under_torchrun
 from moestro.dist.pipeline import Pipeline
-from moestro.dist.reduce import GradientSum, scale_gradients, total_norm
+from moestro.dist.reduce import GradientSum, total_norm
 from moestro.dist.shard import Parts, cut, held_rows, local, pieces
 from moestro.dist.synchronise import Synchroniser, average, make_synchroniser
 from moestro.dist.watch import Watch
@@ -171,7 +171,7 @@ class Ranks:
         of_copy = rows * (copy + 1) // copies - rows * copy // copies
         return token_BS[first:last], (last - first) / of_copy
 
-    def finish_gradients(self) -> Tensor:
+    def finish_gradients(self) -> float:
         """See `Engine`."""
         self.sum_gradients()
         if self.sum_copies and self.steps < self.spec.sync_after:  # post-local: synchronous at first
@@ -179,7 +179,7 @@ class Ranks:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad /= self.mesh["dp_replicate"].size
-        return total_norm(self.parameters, self.parts, self.mesh, self.apart)
+        return float(total_norm(self.parameters, self.parts, self.mesh, self.apart))
 
     def before_update(self) -> None:
         """See `Engine`."""
@@ -197,10 +197,6 @@ class Ranks:
         """For gradients or updates of dense weights and experts, by this rank, so far."""
         between = self.synchroniser.sent_bytes if self.synchroniser else 0.0
         return self.sum_gradients.sent_bytes + between + (self.sum_copies.sent_bytes if self.sum_copies else 0.0)
-
-    def clip(self, norm: Tensor, most: float) -> None:
-        """See `Engine`."""
-        scale_gradients(self.parameters, norm, most)
 
     def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
         """Through the pipeline, where there is one."""

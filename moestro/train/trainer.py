@@ -24,7 +24,7 @@ from moestro.train import checkpoint
 from moestro.train.data import Batches, Streams, TokenData
 from moestro.train.device import keep_freed_memory, pick_device, pick_dtype
 from moestro.train.engine import Done, Engine, OneRank, Stopwatch
-from moestro.train.optim import lr_share, make_optimizer, set_lr
+from moestro.train.optim import clip_scale, lr_share, make_optimizer, set_lr
 from moestro.train.recipe import Recipe
 
 
@@ -110,15 +110,12 @@ class Trainer:
     def _update(self, result: StepResult) -> None:
         """Clip and apply, or leave everything as it was."""
         spec, steps = self.recipe.optimizer, self.recipe.train.steps
-        norm = self.engine.finish_gradients()
-        result.grad_norm = float(norm)
+        result.grad_norm = self.engine.finish_gradients()
         result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         self.engine.before_update()
         if result.applied:
-            if spec.clip:
-                self.engine.clip(norm, spec.clip)
             set_lr(self.optimizer, lr_share(spec, self.step, steps))
-            self.optimizer.step()
+            self.optimizer.apply(clip_scale(result.grad_norm, spec.clip))
             for router, record in zip(self.model.routers, self.engine.of_own_layers(result.records), strict=True):
                 router.update(record, (self.step + 1) / steps)
         else:

@@ -11,7 +11,6 @@
 namespace {
 
 constexpr int64_t kSmall = 1 << 14;  // numbers below which waking other threads costs more than they help
-constexpr int64_t kLarge = 1 << 21;  // the same for numbers that are only copied
 
 // y[t] = sum over k of rows[slot[t, k]]; slot -1 adds nothing. The order of the sum is the order of k.
 template <class T>
@@ -164,6 +163,47 @@ void rotate(const T* x, Strides xs, const float* cosine, const float* sine, floa
       }
 }
 
+// One step of AdamW (Loshchilov 2017) on gradients times `scale`, in one pass over memory.
+struct AdamW {
+  float lr, beta1, beta2, eps, decay, scale;
+  float correction1, root2;  // 1 - beta1^step and sqrt(1 - beta2^step)
+};
+
+void adamw(float* weight, const float* gradient, float* mean, float* square, int64_t size, AdamW s) {
+  float keep = 1.0f - s.lr * s.decay, rate = s.lr / s.correction1, new1 = 1.0f - s.beta1, new2 = 1.0f - s.beta2;
+#pragma omp parallel for schedule(static) if (size > kSmall)
+  for (int64_t begin = 0; begin < size; begin += kSmall) {
+    float *__restrict w = weight + begin, *__restrict m = mean + begin, *__restrict v = square + begin;
+    const float* __restrict g = gradient + begin;
+    int64_t left = std::min(kSmall, size - begin);
+#pragma omp simd
+    for (int64_t i = 0; i < left; i++) {
+      float d = g[i] * s.scale;
+      m[i] += new1 * (d - m[i]);
+      v[i] = s.beta2 * v[i] + new2 * d * d;
+      w[i] = w[i] * keep - rate * m[i] / (std::sqrt(v[i]) / s.root2 + s.eps);
+    }
+  }
+}
+
+// The sum of squares: of blocks in float, of their sums in double and in order.
+double sum_of_squares(const float* x, int64_t size) {
+  int64_t blocks = (size + kSmall - 1) / kSmall;
+  std::vector<float> sums(blocks);
+#pragma omp parallel for schedule(static) if (size > kSmall)
+  for (int64_t b = 0; b < blocks; b++) {
+    const float* from = x + b * kSmall;
+    int64_t left = std::min(kSmall, size - b * kSmall);
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < left; i++) sum += from[i] * from[i];
+    sums[b] = sum;
+  }
+  double total = 0.0;
+  for (float sum : sums) total += sum;
+  return total;
+}
+
 // Counting sort of assignments by expert, stable. expert[i] == experts marks an unused place.
 //   count[e]  rows of expert e      source[n]  the assignment behind sorted row n      slot[i]  its inverse, or -1
 int64_t sort_by_expert(const int64_t* expert, int64_t assignments, int64_t experts, int64_t* count, int64_t* source,
@@ -221,6 +261,11 @@ EXPORT(bf16, bf16)
 EXPORT_NORM(f32_f32, float, float)
 EXPORT_NORM(f32_bf16, float, bf16)
 EXPORT_NORM(bf16_bf16, bf16, bf16)
+void adamw_step(float* w, const float* g, float* m, float* v, int64_t n, float lr, float beta1, float beta2, float eps,
+                float decay, float scale, float correction1, float root2) {
+  adamw(w, g, m, v, n, {lr, beta1, beta2, eps, decay, scale, correction1, root2});
+}
+double squares(const float* x, int64_t n) { return sum_of_squares(x, n); }
 int64_t count_sort(const int64_t* expert, int64_t n, int64_t e, int64_t* count, int64_t* source, int64_t* slot) {
   return sort_by_expert(expert, n, e, count, source, slot);
 }

@@ -76,6 +76,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
     for pair in ("f32_f32", "f32_bf16", "bf16_bf16"):
         getattr(loaded, f"rms_norm_{pair}").argtypes = [pointer] * 4 + [integer] * 2 + [ctypes.c_float]
         getattr(loaded, f"rms_norm_backward_{pair}").argtypes = [pointer] * 6 + [integer] * 2
+    loaded.adamw_step.argtypes = [pointer] * 4 + [integer] + [ctypes.c_float] * 8
+    loaded.squares.argtypes, loaded.squares.restype = [pointer, integer], ctypes.c_double
     loaded.count_sort.argtypes = [pointer, integer, integer] + [pointer] * 3
     loaded.count_sort.restype = integer
 
@@ -128,6 +130,23 @@ def combine(rows_ND: Tensor, slot_TK: Tensor) -> Tensor:
     call = getattr(library(), f"combine_{NAMES[rows_ND.dtype]}")
     call(rows_ND.data_ptr(), slot_TK.data_ptr(), y_TD.data_ptr(), *slot_TK.shape, rows_ND.shape[1])
     return y_TD
+
+
+def adamw_(tensors: tuple[Tensor, Tensor, Tensor, Tensor], numbers: tuple[float, ...]) -> None:
+    """One step on (weight, gradient, both moments), all float32 and contiguous; all but the gradient change in place.
+
+    numbers   lr, beta1, beta2, eps, weight decay, scale of the gradient, 1 - beta1^step, sqrt(1 - beta2^step)
+    """
+    loaded = library()
+    assert loaded is not None
+    loaded.adamw_step(*(tensor.data_ptr() for tensor in tensors), tensors[0].numel(), *numbers)
+
+
+def sum_of_squares(x: Tensor) -> float:
+    """Of all numbers of a contiguous float32 tensor; the same from run to run."""
+    loaded = library()
+    assert loaded is not None
+    return float(loaded.squares(x.data_ptr(), x.numel()))
 
 
 def count_sort(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
