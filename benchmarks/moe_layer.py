@@ -6,8 +6,9 @@ T = 4096 tokens, d = 512, f = 1024, E in {16, 64}; K = 2 and mean K = 1.35; even
 repetition routes anew, as training does: oneDNN compiles bfloat16 products per shape, so a benchmark that repeats one
 routing hides a cost that every step pays. All contestants see the same routings in the same order, in turn, so that a
 drift of the machine hits all alike. Times are lower quartiles in milliseconds, because what else a machine does only
-ever adds; the ceiling is the same FLOPs as six dense products; `memory` is the growth of the peak resident size of a
-process that runs the layer once.
+ever adds: on the wall's clock, and of the processor over all threads, which holds on a machine that others use too (it
+leaves out waiting for one another). The ceiling is the same FLOPs as six dense products; `memory` is the growth of the
+peak resident size of a process that runs the layer once.
 
 Prints a table, then one JSON line. Parts (`--dtype`, `--experts`) can be run at different times and put together in one
 file (`--out`).
@@ -80,10 +81,11 @@ def one_pass(peer: Peer, x_TD: Tensor, routing: Routing, d_y_TD: Tensor) -> None
     peer.layer(x_TD, routing[0], routing[1].detach().requires_grad_()).backward(d_y_TD)
 
 
-def seconds(call: Callable[[], None]) -> float:
-    begun_s = time.perf_counter()
+def seconds(call: Callable[[], None]) -> tuple[float, float]:
+    """Wall-clock seconds, and processor seconds of all threads."""
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - begun_s
+    return time.perf_counter() - begun_s, time.process_time() - begun_cpu_s
 
 
 def weights_for(num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -123,20 +125,23 @@ def peak_growth_mib(name: str, num_experts: int, dtype: torch.dtype) -> float:
     return float(os.read(read, 100) or b"nan")
 
 
-def run_case(num_experts: int, dtype: torch.dtype, mean_k: float, zipf: bool, repeats: int) -> dict[str, float]:
-    """Milliseconds of the ceiling and of every contestant, measured in turn."""
+def run_case(num_experts: int, dtype: torch.dtype, mean_k: float, zipf: bool, repeats: int) -> dict[str, list[float]]:
+    """Wall-clock and processor milliseconds of the ceiling and of every contestant, measured in turn."""
     rows = sum(int((draw_routing(num_experts, mean_k, zipf, seed)[0] < num_experts).sum()) for seed in range(4)) // 4
     dense, (peers, _) = ceiling(rows, dtype), make_peers(num_experts, dtype, mean_k < 2)
     x_TD, d_y_TD = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_(), torch.randn(TOKENS, WIDTH).to(dtype)
-    times: dict[str, list[float]] = {"ceiling": [], **{name: [] for name in peers}}
+    times: dict[str, list[tuple[float, float]]] = {"ceiling": [], **{name: [] for name in peers}}
     for repeat in range(-2, repeats):
         routing = draw_routing(num_experts, mean_k, zipf, seed=1000 + repeat)
         spent = {"ceiling": seconds(dense)}
         spent |= {name: seconds(partial(one_pass, peer, x_TD, routing, d_y_TD)) for name, peer in peers.items()}
         if repeat >= 0:
-            for name, value in spent.items():
-                times[name].append(1e3 * value)
-    return {name: round(statistics.quantiles(values, n=4)[0], 1) for name, values in times.items()}
+            for name, pair in spent.items():
+                times[name].append(pair)
+    return {
+        name: [round(1e3 * statistics.quantiles(kind, n=4)[0], 1) for kind in zip(*pairs, strict=True)]
+        for name, pairs in times.items()
+    }
 
 
 def main() -> None:
@@ -149,6 +154,7 @@ def main() -> None:
     keep_freed_memory()
     for name, why in make_peers(2, torch.float32, False)[1].items():
         print(f"{name} is not installed: {why}", file=sys.stderr)
+    facts = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     rows: list[dict[str, Any]] = []
     dtypes, experts = [options.dtype] if options.dtype else DTYPES, [options.experts] if options.experts else (16, 64)
     for dtype, num_experts in itertools.product(dtypes, experts):
@@ -161,14 +167,20 @@ def main() -> None:
             load = "zipf" if zipf else "even"
             rows.append({"dtype": dtype, "experts": num_experts, "load": load, "k": mean_k, "ms": found})
             print_case(rows[-1], found)
-    facts = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    table = {"bench": "moe_layer", "date": time.strftime("%Y-%m-%d"), **facts, "rows": rows}
-    if options.out:
-        if options.out.exists():
-            mine = [case_of(row) for row in rows]
-            table["rows"] = [r for r in json.loads(options.out.read_text())["rows"] if case_of(r) not in mine] + rows
-        options.out.write_text(json.dumps(table, indent=1) + "\n")
+            table = {"bench": "moe_layer", "date": time.strftime("%Y-%m-%d"), **facts, "rows": rows}
+            if options.out:
+                keep(options.out, table)
     print(json.dumps(table))
+
+
+def keep(path: Path, table: dict[str, Any]) -> None:
+    """Write the rows, and those of other cases that the file has."""
+    rows = table["rows"]
+    if path.exists():
+        mine = [case_of(row) for row in rows]
+        rows = [row for row in json.loads(path.read_text())["rows"] if case_of(row) not in mine] + rows
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    path.write_text(json.dumps({**table, "rows": []}).removesuffix("]}") + f"\n  {lines}\n]}}\n")
 
 
 def case_of(row: dict[str, Any]) -> list[Any]:
@@ -176,10 +188,13 @@ def case_of(row: dict[str, Any]) -> list[Any]:
     return [row.get(key) for key in ("dtype", "experts", "load", "k")]
 
 
-def print_case(case: dict[str, object], found: dict[str, float]) -> None:
+def print_case(case: dict[str, Any], found: dict[str, list[float]]) -> None:
     print(f"\n{case['dtype']}, {case['experts']} experts, {case['load']} load, mean K = {case['k']}")
-    for name, value in found.items():
-        print(f"  {name:26s} {value:8.1f} ms   {value / found['ceiling']:.2f} x ceiling")
+    for name, (wall, cpu) in found.items():
+        print(
+            f"  {name:26s} {wall:8.1f} ms   {wall / found['ceiling'][0]:.2f} x ceiling"
+            f"   processor {cpu:8.1f} ms   {cpu / found['ceiling'][1]:.2f} x"
+        )
     sys.stdout.flush()
 
 

@@ -89,13 +89,13 @@ def _grouped_mm(device: torch.device) -> Finding:
 
 def _expert_path(device: torch.device) -> list[Finding]:
     layer = MoE(64, MoESpec(num_experts=4, expert_width=64)).to(device)
-    why = {
-        "fused": "CPU kernels are active: fastest there, see benchmarks/moe_layer.py",
-        "grouped": "no CPU kernels" if device.type == "cpu" else "one launch for all experts",
-        "loop": "type or widths that grouped_mm does not take",
-    }
     found = []
     for dtype in (torch.float32, torch.bfloat16):
+        why = {
+            "fused": "own products, nn/kernels/experts.cpp: fastest there, see benchmarks/moe_layer.py",
+            "grouped": cpu.why_no_products(dtype) if device.type == "cpu" else "one launch for all experts",
+            "loop": "type or widths that grouped_mm does not take",
+        }
         path = layer.fastest_path(torch.empty(1, 64, device=device, dtype=dtype))
         found.append(Finding(f"experts in {str(dtype).removeprefix('torch.')}", path, why[path]))
     return found

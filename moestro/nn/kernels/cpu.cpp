@@ -1,4 +1,4 @@
-// The parts of a sparse layer that are not matrix products, each in one pass over memory.
+// The parts of a training step that are not matrix products, each in one pass over memory.
 //
 // Plain C++ on raw pointers, compiled at first use by nn/kernels/cpu.py (no Python or torch headers). Matrices are
 // row-major and contiguous; T is float or bfloat16, arithmetic is float. Results do not depend on the number of

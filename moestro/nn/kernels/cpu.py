@@ -53,6 +53,15 @@ def experts_library() -> ctypes.CDLL | None:
     return _load("experts.cpp", _declare_experts)[0] if library() else None
 
 
+def why_no_products(dtype: torch.dtype) -> str:
+    """Why the expert layer does not use its own products for this type on a CPU; empty where it does."""
+    if dtype not in NAMES:
+        return "they take float32 and bfloat16"
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return "bfloat16 has AMX tiles here, which grouped_mm uses"
+    return why_not() or _load("experts.cpp", _declare_experts)[1]
+
+
 def _openmp_runtime() -> Path | None:
     """The OpenMP library in this process, as the Linux kernel lists it."""
     maps = Path("/proc/self/maps")
@@ -97,9 +106,8 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def has_products(x_TD: Tensor) -> bool:
-    """True where the expert layer's own products take x and are the fastest way: not where bfloat16 has AMX tiles."""
-    tiles = x_TD.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return usable(x_TD) and experts_library() is not None and not tiles
+    """True where the expert layer's own products take x and are the fastest way."""
+    return usable(x_TD) and not why_no_products(x_TD.dtype)
 
 
 def experts_forward(*tensors: Tensor) -> None:

@@ -15,6 +15,13 @@ struct Sizes {
   int64_t experts, width, hidden;
 };
 
+// False for so few multiplications that waking threads costs more than they help.
+bool worth_threads(const int64_t* count, Sizes s) {
+  int64_t rows = 0;
+  for (int64_t e = 0; e < s.experts; e++) rows += count[e];
+  return rows * s.width * s.hidden > (1 << 21);
+}
+
 struct Task {
   int64_t expert, first, rows;
 };
@@ -74,7 +81,7 @@ void forward(const T* x, const int64_t* token, const float* weight, const int64_
              const W* down, T* gate_up_rows, T* out_rows, Sizes s) {
   std::vector<Task> tasks = cut(count, s.experts);
   int64_t hidden = s.hidden, width = s.width, both = 2 * hidden, number = tasks.size();
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(count, s))
   {
     Scratch scratch;
     std::vector<T> act(kRows * hidden);
@@ -102,7 +109,7 @@ void backward(const T* x, const T* d_y, const int64_t* token, const float* weigh
   std::vector<int64_t> start(s.experts + 1, 0);
   for (int64_t e = 0; e < s.experts; e++) start[e + 1] = start[e] + count[e];
   int64_t up_parts = (width + kRows - 1) / kRows, parts = up_parts + (hidden + kRows - 1) / kRows;
-#pragma omp parallel
+#pragma omp parallel if (worth_threads(count, s))
   {
     Scratch scratch;
     std::vector<T> d_act(kRows * hidden);

@@ -159,7 +159,11 @@ void pack(const Operand<S>& op, int64_t first, int64_t width, int64_t padded, in
       transpose<1>(rows);
       float* to = out + (k - begin) / pair * padded + j;
       int64_t units = std::min<int64_t>(kLanes, (end - k + pair - 1) / pair);
-      for (int64_t u = 0; u < units; u++) store_vec(to + u * padded, rows[u]);
+      if (j == 0 || j + kLanes <= padded) {  // what falls on the next row is written after
+        for (int64_t u = 0; u < units; u++) store_vec(to + u * padded, rows[u]);
+      } else {
+        for (int64_t u = 0; u < units; u++) std::memcpy(to + u * padded, &rows[u], (padded - j) * 4);
+      }
     }
 }
 
@@ -227,7 +231,7 @@ class Scratch {
 
  private:
   static float* room(std::vector<float>& held, int64_t size) {
-    if (static_cast<int64_t>(held.size()) < size + 2 * kLanes) held.resize(size + 2 * kLanes);
+    if (static_cast<int64_t>(held.size()) < size + 16) held.resize(size + 16);  // 16: to align
     auto address = reinterpret_cast<uintptr_t>(held.data());
     return held.data() + (64 - address % 64) % 64 / 4;
   }
