@@ -76,7 +76,7 @@ def shares(made: Trainer, steps: int) -> dict[str, float]:
     for event in seen.key_averages():
         own[event.key] += event.self_cpu_time_total / 1e3 / steps
     products = sum(own[name] for name in PRODUCTS) + experts_ms
-    around = 1 - experts_ms / sum(own[name] for name in EXPERTS)
+    around = 1 - experts_ms / max(sum(own[name] for name in EXPERTS), 1e-9)
     for name in EXPERTS:
         own[name] *= around
     attention = sum(own[name] for name in ATTENTION)
