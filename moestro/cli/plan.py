@@ -55,7 +55,12 @@ def plan(
     keep: int = typer.Option(5, help="Layouts to show."),
     explain: bool = typer.Option(False, "--explain", help="Show where each millisecond and each gigabyte goes."),
     chart: Path = typer.Option(None, help="Write that as an SVG chart."),
-    out: Path = typer.Option(None, "--out", "-o", help="Write plan.toml, which `moestro train` takes."),
+    out: Path = typer.Option(
+        None,
+        "--out",
+        "-o",
+        help="Write plan.toml, which `moestro train` takes; only layouts it can run are considered.",
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Find the fastest layout that fits, and say what it takes and what it costs."""
@@ -80,10 +85,11 @@ def plan(
         loads=loads,
         imbalance=imbalance,
         profile=profile,
+        trainable=out is not None,
     )
     found = search(question, keep)
     if out:
-        write_plan(out, question, found, _source(_find(model, "models")))
+        write_plan(out, question, found, _source(_find(model, "models"), settings), tokens)
     if chart:
         write_text(chart, chart_of(question, found.steps[0], found.memories[0], found.spread))
     if as_json:
@@ -225,6 +231,7 @@ def _question(
     loads: Path | None,
     imbalance: float,
     profile: Path | None,
+    trainable: bool = False,
 ) -> "Question":
     from moestro.cluster.topology import read_cluster
     from moestro.plan.profile import load_profile
@@ -240,7 +247,6 @@ def _question(
     park = read_cluster(_find(cluster, "clusters"), of_kind(settings, "network", "device"))
     if devices > park.most_devices:
         raise PlanError(f"--devices is {devices}; {park.name} has {park.most_devices:.0f}")
-    fixed = layout_settings(of_kind(settings, "layout"))
     stack = find_stack(software)
     return Question(
         shape=shape,
@@ -253,7 +259,8 @@ def _question(
         precision=precision,
         imbalance=imbalance,
         load_RE=_loads(loads, int(shape.experts)) if loads else None,
-        fixed={"cp": 1, **fixed} if stack.family == "moestro" else fixed,
+        fixed=layout_settings(of_kind(settings, "layout")),
+        trainable=trainable or stack.family == "moestro",
     )
 
 
@@ -421,11 +428,14 @@ def _known(kind: str) -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in files("moestro").joinpath("specs", kind).iterdir())
 
 
-def _source(path: Path) -> dict[str, Any]:
-    from moestro.core.config import read_toml
+def _source(path: Path, settings: list[str]) -> dict[str, Any]:
+    """The recipe or model file as read, with the settings of its model."""
+    from moestro.core.config import read_toml, with_overrides
+    from moestro.plan.settings import of_kind
 
     if path.suffix != ".toml":
         raise PlanError(
-            f"--out needs a model file or recipe in TOML; `moestro import {path}` makes one of a config.json"
+            f"--out needs a model file or recipe in TOML; `moestro import {path} MODEL --recipe RECIPE.toml` makes one "
+            "of a config.json with its weights"
         )
-    return read_toml(path)
+    return with_overrides(read_toml(path), of_kind(settings, "model"))

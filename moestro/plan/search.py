@@ -22,7 +22,7 @@ from moestro.plan.loads import imbalance_of_ranks
 from moestro.plan.machine import machine_of, precision_of
 from moestro.plan.memory import Memory, memory
 from moestro.plan.profile import Profile, effect_and_spread
-from moestro.plan.schedule import DUALPIPE, INTERLEAVED, ONE_F_ONE_B, ZERO_BUBBLE_V
+from moestro.plan.schedule import DUALPIPE, INTERLEAVED, ONE_F_ONE_B, ZERO_BUBBLE, ZERO_BUBBLE_V
 from moestro.plan.shape import ModelShape
 from moestro.plan.stacks import Stack, traits
 from moestro.plan.step import StepTime, step_time
@@ -59,6 +59,9 @@ WHOLE_SPACE = Space(
 CHUNK = 16384
 """Layouts evaluated at a time: columns stay in the processor's cache."""
 MOST_TENSOR = 64
+TRAINER_LIMITS = (
+    "the trainer has 1f1b, interleaved and zero_bubble, zero only without a pipeline, recomputes all or nothing, no cp"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +83,8 @@ class Question:
     """Loads of experts from a trace; the imbalance of ranks follows for every degree of expert parallelism."""
     fixed: dict[str, float] = field(default_factory=dict)
     """Fields of Layout that the user has set."""
+    trainable: bool = False
+    """Only layouts that this package's own trainer runs."""
 
     @property
     def kind(self) -> str:
@@ -192,7 +197,8 @@ def candidates(question: Question, space: Space | None = None) -> Layout:
         raise PlanError(_why_impossible(question))
     space = space or Space()
     sizes = [micro for micro in space.micro_batches if question.sequences % micro == 0]
-    options = list(product(sizes, space.virtual, range(len(SCHEDULES)), (1, 3), range(len(space.recompute))))
+    zeros = (0, 1, 2, 3) if question.trainable else (1, 3)
+    options = list(product(sizes, space.virtual, range(len(SCHEDULES)), zeros, range(len(space.recompute))))
     cut_CK, option_OK = np.array(cuts, dtype=np.float64), np.array(options, dtype=np.float64)
     rows_C = np.repeat(np.arange(len(cut_CK)), len(option_OK))
     rows_O = np.tile(np.arange(len(option_OK)), len(cut_CK))
@@ -204,12 +210,17 @@ def candidates(question: Question, space: Space | None = None) -> Layout:
         [column[rows_O] for column in (micro, chunks, schedule, zero)],
     )
     possible &= _as_set(question, again[rows_O], micro[rows_O], chunks[rows_O], schedule[rows_O], zero[rows_O])
+    if question.trainable:
+        batches = question.sequences * pp[rows_C] * tp[rows_C] / (question.devices * micro[rows_O])
+        whole = np.array([not choice or choice == {"full": 1} for choice in space.recompute])[again.astype(int)]
+        possible &= _trainable(pp[rows_C], batches, schedule[rows_O], zero[rows_O]) & whole[rows_O]
     c, o = rows_C[possible], rows_O[possible]
     if not len(c):
         raise PlanError(_why_impossible(question))
     chosen = again[o].astype(int)
     recompute = {
-        name: np.array([choice.get(name, 0.0) for choice in space.recompute])[chosen] for name in ("full", *MODULES)
+        name: there * np.array([choice.get(name, 0.0) for choice in space.recompute])[chosen]
+        for name, there in _modules(question.shape).items()
     }
     return Layout(
         devices=float(question.devices),
@@ -226,6 +237,15 @@ def candidates(question: Question, space: Space | None = None) -> Layout:
         by_cost=1.0,
         **recompute,
     )
+
+
+def _modules(shape: ModelShape) -> dict[str, float]:
+    """What can be done again, 1 where the model has it."""
+    there = dict.fromkeys(("full", *MODULES), 1.0)
+    there["again_up"] = float(shape.latent)
+    there["again_dense"] = float(shape.num_dense > 0 or shape.shared_width > 0)
+    there["again_experts"] = float(shape.sparse)
+    return there
 
 
 def _cuts(question: Question) -> list[tuple[int, int, int, int, int]]:
@@ -251,10 +271,12 @@ def _dense_cuts(question: Question) -> Iterator[tuple[int, int, int]]:
     host = int(min(question.cluster.unit_sizes()[0], MOST_TENSOR))
     heads, kv = int(shape.heads), int(shape.kv_heads)
     for tp in divisors(devices, host):
-        if heads % tp or (not float(shape.latent) and kv % tp and tp % kv):
+        if heads % tp or (not float(shape.latent) and kv % tp and (question.trainable or tp % kv)):
+            continue
+        if question.trainable and (shape.dense_width % tp or shape.shared_width % tp):
             continue
         for pp in divisors(devices // tp, int(shape.num_layers)):
-            for cp in divisors(devices // (tp * pp), 64):
+            for cp in divisors(devices // (tp * pp), 1 if question.trainable else 64):
                 data = devices // (tp * pp * cp)
                 short = cp > 1 and question.length / cp < 512
                 if not (question.sequences % data or question.length % (2 * cp * tp) or short):
@@ -275,6 +297,12 @@ def _possible(question: Question, cut: list[Array], option: list[Array]) -> np.n
     filled &= np.where(schedule == ZERO_BUBBLE_V, 2 * pp <= float(question.shape.num_layers), True)
     fitting = np.where(interleaved, piped & (chunks > 1), chunks == 1) & (piped | (schedule == ONE_F_ONE_B))
     return whole & (batches >= 1) & enough & filled & fitting & ((zero < 3) | ~piped)
+
+
+def _trainable(pp: Array, batches: Array, schedule: Array, zero: Array) -> np.ndarray:
+    """What the trainer runs: three schedules, whole rounds of micro-batches in two of them, no ZeRO in a pipeline."""
+    known = (schedule == ONE_F_ONE_B) | np.isin(schedule, (INTERLEAVED, ZERO_BUBBLE)) & (batches % pp == 0)
+    return known & ((zero == 0) | (pp == 1))
 
 
 def _as_set(question: Question, again: Array, micro: Array, chunks: Array, schedule: Array, zero: Array) -> np.ndarray:
@@ -312,7 +340,7 @@ def _limits(question: Question) -> str:
     shape = question.shape
     parts = [f"{shape.num_layers:g} layers", f"{shape.heads:g} heads", f"{shape.kv_heads:g} key-value heads"]
     parts += [f"{shape.experts:g} experts"] if float(shape.experts) else []
-    return ", ".join(parts) + " must divide"
+    return ", ".join(parts) + " must divide" + (f"; {TRAINER_LIMITS}" if question.trainable else "")
 
 
 def _nearest_batch(question: Question) -> str:

@@ -3,7 +3,7 @@
     ModelSpec (+ [planning])  |  config.json  |  a published row   ->   ModelShape   ->   parameters by bucket
 
 Planning needs a few facts that the trainer does not have: feed-forward layers without a gate (GPT-3), extra heads that
-predict further tokens (DeepSeek-V3), windows on some layers only. They stand in the `[planning]` table of a model file.
+predict further tokens (DeepSeek-V3). They stand in the `[planning]` table of a model file.
 
 Dimension key of parameter counts: what tensor parallelism cuts (attention, dense feed-forward, shared expert,
 embedding), what it does not (norms, router), and routed experts.
@@ -30,8 +30,6 @@ class PlanningExtras:
     """Feed-forward layers have a gate (SwiGLU): three matrices instead of two."""
     extra_heads: int = 0
     """Multi-token prediction: modules of one layer, a 2 width x width projection and the output head each."""
-    windowed_layers: int = 0
-    """Layers that have the attention window, where not all have it; 0 means all, where there is one."""
     mean_experts: float = 0.0
     """Mean routed experts per token, where the router's rule does not fix it."""
     released: float = 0.0
@@ -194,7 +192,7 @@ def shape_of(spec: ModelSpec, extras: PlanningExtras | None = None, name: str = 
         )
     latent = attention.kind == "mla"
     rope = attention.rope_head_dim if latent else 0
-    windowed = extras.windowed_layers or (spec.num_layers if attention.window else 0)
+    windowed = len(attention.window_layers) or spec.num_layers
     return ModelShape(
         name=name,
         num_layers=spec.num_layers,

@@ -48,6 +48,7 @@ KINDS = ("model", "optimizer", "state")
 def enlist(recipe: Recipe) -> Engine:
     """Join the ranks that a launcher has started, or be the only one; raises ConfigError for an impossible mesh."""
     if not under_torchrun():
+        check_alone(recipe)
         return OneRank()
     train, here = recipe.train, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     layout = fit(recipe.dist, int(os.environ["WORLD_SIZE"]), here)
@@ -64,6 +65,17 @@ def enlist(recipe: Recipe) -> Engine:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     join(recipe.dist.timeout_s)
     return Ranks(layout, pick_device(train.device), recipe)
+
+
+def check_alone(recipe: Recipe) -> None:
+    """Raise ConfigError where a mesh is asked for and nobody starts its ranks; dist.ranks = 1 says that one will do."""
+    spec = recipe.dist
+    asked = spec.pp * spec.dp_replicate * max(spec.dp_shard, 1) * spec.tp
+    if asked > 1 and spec.ranks == 0:
+        raise ConfigError(
+            f"dist asks for {asked} ranks, but this is one process; start them with torchrun, here with "
+            f"dist.ranks={asked}, or train on one rank with dist.ranks=1"
+        )
 
 
 def check_pipeline(recipe: Recipe, layout: Layout, rows: int) -> None:

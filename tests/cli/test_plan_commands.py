@@ -1,6 +1,8 @@
 """`moestro plan` as a user types it: tables, JSON, plan.toml, predictions, and one clear line for bad input."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +11,15 @@ import numpy as np
 import pytest
 
 from moestro.cli.main import main
-from moestro.core.config import build
-from moestro.core.specs import ModelSpec
+from moestro.core.events import read_events
+from moestro.dist.layout import fit
 from moestro.place.loads import LoadWriter
+from moestro.train.ranks import check_pipeline
+from moestro.train.recipe import load_recipe
 
 ROWS = Path(__file__).parents[2] / "benchmarks" / "published_rows.json"
 Run = Callable[..., tuple[int, str, str]]
+DEMO = str(Path(__file__).parents[2] / "recipes" / "demo.toml")
 SMALL = ("-m", "mixtral-8x7b", "-n", "16", "-b", "64")
 
 
@@ -69,24 +74,89 @@ def test_what_if_changes_the_answer(plan: Run) -> None:
 
 def test_plan_toml_is_a_recipe(plan: Run, tmp_path: Path) -> None:
     target = tmp_path / "plan.toml"
-    status, out, _ = plan(*SMALL, "-o", str(target), "--chart", str(tmp_path / "plan.svg"))
+    status, out, _ = plan(*SMALL, "--tokens", "1e9", "-o", str(target), "--chart", str(tmp_path / "plan.svg"))
     assert status == 0
     assert f"wrote {target}" in out
-    table = tomllib.loads(target.read_text())
-    build(ModelSpec, table["model"])
-    mesh = table["dist"]
-    assert mesh["pp"] * mesh["dp_replicate"] * mesh["dp_shard"] * mesh["tp"] == 16
-    assert (mesh["dp_shard"] * mesh["tp"]) % mesh["ep"] == 0
-    assert table["train"]["sequences"] == 64
+    recipe = load_recipe(target)
+    assert recipe.train.steps == -(-(10**9) // (64 * 4096))
+    assert (recipe.train.sequences, recipe.train.precision, recipe.dist.ranks) == (64, "bf16", 0)
+    assert fit(recipe.dist, 16).world == 16
+    assert "--nnodes 2" in target.read_text()
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
 
 
+@pytest.fixture
+def tiny(tmp_path: Path) -> tuple[str, ...]:
+    """A model that four ranks on this machine can train in no time, and the cluster they are."""
+    model = tmp_path / "tiny.toml"
+    model.write_text(
+        "[model]\nnum_layers = 4\nwidth = 16\nvocab_size = 260\nattention = { num_heads = 4, num_kv_heads = 2 }\n"
+        '[model.moe]\nnum_experts = 4\nexpert_width = 16\nrouter = { rule = "top2" }\n'
+    )
+    sizes = ("-n", "4", "-b", "16", "-l", "32", "--precision", "fp32")
+    return ("-m", str(model), "-c", "cpu", *sizes, "-o", str(tmp_path / "plan.toml"))
+
+
+LAYOUTS = (
+    ("schedule=interleaved", "pp=2", "virtual=2", "ep=2"),
+    ("schedule=zero_bubble", "pp=2", "micro_batch=2"),
+    ("schedule=1f1b", "pp=4", "micro_batch=4", "recompute=full"),
+    ("tp=2", "etp=2", "zero=3"),
+    ("tp=2", "ep=4", "etp=1", "zero=1", "micro_batch=4"),
+    ("zero=2", "recompute=full"),
+)
+
+
+@pytest.mark.parametrize("asked", LAYOUTS, ids=" ".join)
+def test_what_a_layout_says_stands_in_the_plan(
+    plan: Run, tmp_path: Path, tiny: tuple[str, ...], asked: tuple[str, ...]
+) -> None:
+    status, _, error = plan(*tiny, *(word for setting in asked for word in ("--set", f"layout.{setting}")))
+    assert status == 0, error
+    recipe = load_recipe(tmp_path / "plan.toml")
+    wanted = dict(setting.split("=") for setting in asked)
+    for name in ("pp", "tp", "ep", "zero", "schedule"):
+        assert str(getattr(recipe.dist, name)) == wanted.get(name, str(getattr(recipe.dist, name)))
+    assert recipe.dist.stages_per_rank == int(wanted.get("virtual", 1))
+    assert recipe.dist.expert_tp == (wanted.get("etp") == "2")
+    assert recipe.dist.ranks == 4
+    assert recipe.train.recompute == ("recompute" in wanted)
+    layout = fit(recipe.dist, 4)
+    if "micro_batch" in wanted:
+        assert recipe.train.micro_batches == 16 // (layout.dp * int(wanted["micro_batch"]))
+    check_pipeline(recipe, layout, recipe.train.sequences // recipe.train.micro_batches)
+
+
+@pytest.mark.parametrize("setting", ["cp=2", "schedule=dualpipe", "schedule=zero_bubble_v", "recompute=half"])
+def test_a_plan_has_no_layout_that_the_trainer_lacks(plan: Run, tiny: tuple[str, ...], setting: str) -> None:
+    status, _, error = plan(*tiny, "--set", f"layout.{setting}")
+    assert status == 1
+    assert "the nearest that works is" in error
+    assert "the trainer" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [*LAYOUTS[:3], LAYOUTS[4], ("alone",)], ids=" ".join)
+def test_the_trainer_runs_a_plan_as_it_is(
+    plan: Run, tmp_path: Path, tiny: tuple[str, ...], asked: tuple[str, ...]
+) -> None:
+    settings = [word for setting in asked if "=" in setting for word in ("--set", f"layout.{setting}")]
+    assert plan(*tiny, *settings)[0] == 0
+    (tmp_path / "text.txt").write_text("one two three four\n" * 400)
+    here = [f"out={tmp_path}/run", f"data.source={tmp_path}/text.txt", "train.steps=3"]
+    command = [sys.executable, "-m", "moestro", "train", str(tmp_path / "plan.toml"), *here]
+    command += ["dist.ranks=1"] if asked == ("alone",) else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "step"]
+    assert len(steps) == 3
+
+
 def test_a_recipe_keeps_its_tables(plan: Run, tmp_path: Path) -> None:
-    recipe = Path(__file__).parents[2] / "recipes" / "demo.toml"
     target = tmp_path / "plan.toml"
     status, _, error = plan(
         "-m",
-        str(recipe),
+        DEMO,
         "-c",
         "cpu",
         "-n",
@@ -105,8 +175,9 @@ def test_a_recipe_keeps_its_tables(plan: Run, tmp_path: Path) -> None:
         "model.vocab_size=4096",
     )
     assert status == 0, error
-    before, after = tomllib.loads(recipe.read_text()), tomllib.loads(target.read_text())
+    before, after = tomllib.loads(Path(DEMO).read_text()), tomllib.loads(target.read_text())
     assert after["optimizer"] == before["optimizer"]
+    assert after["model"]["vocab_size"] == 4096
     assert after["train"]["steps"] == before["train"]["steps"]
 
 
@@ -172,6 +243,8 @@ def test_simulation_of_a_step_and_of_runs(plan: Run, tmp_path: Path) -> None:
         ((*SMALL, "--precision", "int3"), "precision is 'int3'"),
         ((*SMALL, "--set", "reliability.restart_s=-1"), "reliability.restart_s is -1"),
         (("-m", "mixtral-8x7b", "-n", "0"), "--devices is 0"),
+        (("-m", DEMO, "-c", "cpu", "-n", "4"), "model.vocab_size is 0, to be taken from the tokenizer"),
+        ((*SMALL, "--precision", "fp8", "-o", "plan.toml"), "--precision is fp8, but a plan.toml is for the trainer"),
         (("predict", "nowhere.json"), "nowhere.json cannot be read"),
         (("predict", str(ROWS), "--anchor", "x"), "--anchor is 'x'"),
         (("predict", str(ROWS), "--anchor", "x=1"), "--anchor names x"),
