@@ -29,6 +29,7 @@ from moestro.plan.profile import (
     Profile,
     effect_and_spread,
     effect_names,
+    part_shares,
     predict,
 )
 from moestro.plan.published import Row, together
@@ -150,18 +151,22 @@ class LeftOut:
     step_s: dict[str, float]
     spread: dict[str, float]
     """Standard deviation of the logarithm, before widening."""
+    shares: dict[str, Array]
+    """Of the parts of a step, see `profile.part_shares`."""
 
 
 def left_out(rows: Sequence[Row], whole: Fit) -> LeftOut:
     """Predict every group by a fit to all others."""
-    found = LeftOut(step_s={}, spread={})
+    found = LeftOut(step_s={}, spread={}, shares={})
     for group in sorted({row.group for row in rows}):
         kept = [row for row in rows if row.group != group]
         asked = [row for row in rows if row.group == group]
         profile = profile_of(fit(kept, whole), "without " + group)
         predicted = predict(asked, profile)
+        share_RP = part_shares(step_time(together(asked), profile.constants), len(asked))
         for place, row in enumerate(asked):
             found.step_s[row.id] = float(predicted.step_s[place])
+            found.shares[row.id] = share_RP[place]
             found.spread[row.id] = effect_and_spread(profile, row.software, row.kind)[1]
     return found
 

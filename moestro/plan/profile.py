@@ -27,7 +27,7 @@ from moestro.plan.columns import Array
 from moestro.plan.constants import NAMES, Constants
 from moestro.plan.memory import GIB, MemoryConstants, memory
 from moestro.plan.published import Row, together
-from moestro.plan.step import step_time
+from moestro.plan.step import FACTORS, StepTime, step_time
 
 EFFECT_SPREADS = {"software": 0.08, "kind": 0.06}
 """Standard deviations of effects: of a software, and of a software's dense or sparse models. Devices have none of their
@@ -35,6 +35,10 @@ own: with them, groups that were left out were predicted worse."""
 GROUP_SPREAD = {"dense": 0.05, "moe": 0.12}
 """Of what a report's habits do to all its rows."""
 NOISE_SPREAD = {"dense": 0.03, "moe": 0.08}
+PART_SPREAD = 0.3
+"""Of every part of a step in one report, beside the formulas: a measured row teaches rows that are alike more."""
+TAILS = 2.0
+"""Variance of a row's noise, which is t-distributed with 4 degrees of freedom, beside a normal one of its scale."""
 TENTH = 1.2816
 """Standard deviations from the median to the tenth part of a normal distribution."""
 MEMORY_SPREAD = 0.04
@@ -91,15 +95,16 @@ def effect_and_spread(profile: Profile, software: str, kind: str) -> tuple[float
 def predict(rows: Sequence[Row], profile: Profile, anchors: Mapping[str, float] | None = None) -> Prediction:
     """Step time with its band, and memory.
 
-    anchors  measured seconds by row id: rows of the same group are shifted by what the anchored ones taught, and their
-             band narrows to what rows of one group differ by
+    anchors  measured seconds by row id: rows of the same group are shifted by what the anchored ones taught, those made
+             of the same parts most, and their band narrows
     raises   PlanError for an anchor that is not among the rows
     """
     learned = [effect_and_spread(profile, row.software, row.kind) for row in rows]
     case = replace(together(rows), effect=np.array([effect for effect, _ in learned]))
-    log_s = np.log(np.broadcast_to(step_time(case, profile.constants).total_s, len(rows)))
+    step = step_time(case, profile.constants)
+    log_s = np.log(np.broadcast_to(step.total_s, len(rows)))
     spread = np.array([sd for _, sd in learned])
-    log_s, spread = _anchored(rows, log_s, spread, anchors or {})
+    log_s, spread = anchored(rows, log_s, spread, part_shares(step, len(rows)), anchors or {})
     peak = _least_recompute(rows, together(rows), profile)
     roomy = peak * np.exp(-2 * MEMORY_SPREAD) + profile.memory.runtime_gib
     return Prediction(
@@ -111,8 +116,19 @@ def predict(rows: Sequence[Row], profile: Profile, anchors: Mapping[str, float] 
     )
 
 
-def _anchored(rows: Sequence[Row], log_s: Array, spread: Array, anchors: Mapping[str, float]) -> tuple[Array, Array]:
-    """Condition every group on its anchored rows: their shared term is normal beforehand, so it stays so."""
+def part_shares(step: StepTime, rows: int) -> Array:
+    """[rows, parts]: of a step, what each part takes; factors on the whole are no part."""
+    parts = [value for name, value in step.parts.items() if name not in FACTORS]
+    return np.stack([np.broadcast_to(part / step.total_s, rows) for part in parts], axis=1)
+
+
+def anchored(
+    rows: Sequence[Row], log_s: Array, spread: Array, share_RP: Array, anchors: Mapping[str, float]
+) -> tuple[Array, Array]:
+    """Condition every group on its anchored rows: what its rows share is normal beforehand, so it stays so.
+
+    They share the group's own term, and for every part of a step how far it is off, as much as it takes of each row.
+    """
     place = {row.id: index for index, row in enumerate(rows)}
     if unknown := [name for name in anchors if name not in place]:
         raise PlanError(f"--anchor names {unknown[0]}, which is not a row; give ID=STEP_S with an id from the file")
@@ -121,11 +137,15 @@ def _anchored(rows: Sequence[Row], log_s: Array, spread: Array, anchors: Mapping
         here = [place[name] for name in anchors if rows[place[name]].group == group]
         told = np.array([np.log(anchors[rows[index].id]) - log_s[index] for index in here])
         of = [index for index, row in enumerate(rows) if row.group == group]
-        noise = np.array([NOISE_SPREAD[rows[index].kind] for index in of])
-        shared = np.maximum(spread[of] ** 2 - noise**2, 1e-6)
-        weight = shared / (shared + noise**2 / len(here))
-        log_s[of] = log_s[of] + weight * told.mean()
-        spread[of] = np.sqrt(shared * (1 - weight) + noise**2)
+        noise = np.array([NOISE_SPREAD[row.kind] for row in rows])
+        shared = np.sqrt(np.maximum(spread**2 - noise**2, 1e-6))
+        common = np.outer(shared[of], shared[here]) + PART_SPREAD**2 * share_RP[of] @ share_RP[here].T
+        among = common[[of.index(index) for index in here]] + np.diag(noise[here] ** 2)
+        gain = np.linalg.solve(among, common.T).T
+        before = shared[of] ** 2 + PART_SPREAD**2 * (share_RP[of] ** 2).sum(axis=1)
+        log_s[of] = log_s[of] + gain @ told
+        after = np.sqrt(before - (gain * common).sum(axis=1) + TAILS * noise[of] ** 2)
+        spread[of] = np.minimum(after, spread[of])
     return log_s, spread
 
 

@@ -20,10 +20,15 @@ from moestro.plan.case import Case
 from moestro.plan.columns import stacked
 from moestro.plan.layout import SCHEDULES, Layout
 from moestro.plan.machine import machine_of, precision_of
+from moestro.plan.row_checks import check_row
 from moestro.plan.shape import ModelShape
 from moestro.plan.stacks import Stack, find_stack, traits
 
 Entry = Mapping[str, Any]
+UNKNOWN_NEEDS = ("hbm_gb", "hbm_gbps", "peak_bf16")
+"""What a row must say of a device that is not known."""
+UNUSED_GB_PER_S = 50.0
+"""Of links that no device of the row needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,17 +59,22 @@ def read_rows(path: Path) -> list[Row]:
     entries = read.get("entries") if isinstance(read, dict) else read
     if not isinstance(entries, list):
         raise PlanError(f"{path} has no list of rows; give a list, or an object with 'entries'")
-    return [row_of(entry) for entry in entries]
+    rows = [row_of(entry, number) for number, entry in enumerate(entries, 1)]
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen:
+            raise PlanError(f"{path} has two rows {row.id}; give every row a name of its own")
+        seen.add(row.id)
+    return rows
 
 
-def row_of(entry: Entry) -> Row:
-    """One row; raises PlanError naming what is missing."""
+def row_of(entry: Entry, number: int = 1) -> Row:
+    """One row; raises PlanError naming the row and the field that is missing or wrong."""
+    check_row(entry, number)
     try:
         case, stack = _case_of(entry)
-    except KeyError as missing:
-        raise PlanError(f"row {entry.get('id', '?')} has no {missing}; planning needs it") from missing
-    except (TypeError, ValueError) as wrong:
-        raise PlanError(f"row {entry.get('id', '?')} cannot be read: {wrong}") from wrong
+    except PlanError as error:
+        raise PlanError(f"row {entry['id']}: {error}") from error
     measured = entry.get("measured") or {}
     return Row(
         id=str(entry.get("id", "")),
@@ -119,7 +129,7 @@ def shape_of_row(model: Entry) -> ModelShape:
         kv_rank=mla.get("kv_lora") or 0,
         rope_dim=mla.get("qk_rope") or 0,
         dense_width=model.get("ffn") or 0,
-        gates=float(model.get("gated", True)),
+        gates=float(model.get("gated") is not False),
         experts=experts,
         experts_per_token=(model.get("top_k") or 0) if experts else 0,
         expert_width=(model.get("moe_ffn") or model.get("ffn") or 0) if experts else 0,
@@ -152,8 +162,13 @@ def _window(value: Any) -> tuple[float, float]:
 def cluster_of(hardware: Entry) -> Cluster:
     """A row's hardware: what is known of the named device with the row's memory, else the row's own figures."""
     known = find_device(str(hardware.get("class", "")), str(hardware.get("gpu", "")))
+    name = str(hardware.get("class") or hardware.get("gpu") or "")
+    if not known and not all(hardware.get(key) for key in UNKNOWN_NEEDS):
+        raise PlanError(
+            f"hardware.class is {name!r}, which is not known; give hardware.{', hardware.'.join(UNKNOWN_NEEDS)}"
+        )
     device = known or DeviceSpec(
-        name=str(hardware.get("class") or hardware["gpu"]),
+        name=name or "device",
         memory_gib=hardware["hbm_gb"],
         memory_gb_per_s=hardware["hbm_gbps"],
         peak_tflops={
@@ -169,8 +184,8 @@ def cluster_of(hardware: Entry) -> Cluster:
         name=device.name,
         device=device,
         network=(
-            LevelSpec(name="host", fan_out=domain, gb_per_s=hardware["intra_gbps"]),
-            LevelSpec(name="spine", gb_per_s=hardware["inter_gbps"]),
+            LevelSpec(name="host", fan_out=domain, gb_per_s=hardware.get("intra_gbps") or UNUSED_GB_PER_S),
+            LevelSpec(name="spine", gb_per_s=hardware.get("inter_gbps") or UNUSED_GB_PER_S),
         ),
     )
 
@@ -180,7 +195,7 @@ def layout_of(entry: Entry, unsaid: str = "") -> Layout:
 
     unsaid  what is done again where the row does not say
     """
-    cut, recompute = entry["parallelism"], str(entry.get("recompute") or unsaid or "none").lower()
+    cut, recompute = entry.get("parallelism") or {}, str(entry.get("recompute") or unsaid or "none").lower()
     virtual = _virtual(entry)
     tp, pp, ep, devices = cut.get("tp") or 1, cut.get("pp") or 1, cut.get("ep") or 1, entry["hardware"]["count"]
     usual_etp = tp if devices % (pp * ep * tp) == 0 else 1  # Megatron's default, where it is possible
@@ -212,7 +227,7 @@ def layout_of(entry: Entry, unsaid: str = "") -> Layout:
 
 def _virtual(entry: Entry) -> int:
     """Chunks per rank; where the row says that it does not know, as many as leave about four layers a chunk."""
-    cut = entry["parallelism"]
+    cut = entry.get("parallelism") or {}
     if cut.get("vpp") or "vpp" not in (entry.get("config_gaps") or ()):
         return cut.get("vpp") or 1
     return max(1, round(entry["model"]["layers"] / (4 * (cut.get("pp") or 1))))

@@ -24,6 +24,8 @@ MEGATRON_BUCKET = 40e6
 """Parameters of a gradient bucket at least, 1e6 times the data-parallel ranks else (Megatron-Core's default)."""
 WEIGHT_ROOM = 0.5
 """Of the time that hides gradients: weights are gathered under a forward pass, half as long as a backward pass."""
+FACTORS = ("stragglers", "software and device")
+"""Parts that are factors on all others."""
 PASS_PARTS = (
     ("attention products", "attention_products_s"),
     ("attention scores", "attention_core_s"),

@@ -23,7 +23,7 @@ from moestro.core.files import write_text
 from moestro.plan.columns import Array
 from moestro.plan.layout import Layout
 from moestro.plan.schedule import DUALPIPE, INTERLEAVED, ONE_F_ONE_B, ZERO_BUBBLE, ZERO_BUBBLE_V
-from moestro.plan.step import StepTime
+from moestro.plan.step import FACTORS, StepTime
 
 FORWARD, BACKWARD, WEIGHT = 0, 1, 2
 KINDS = ("F", "B", "W")
@@ -142,7 +142,7 @@ def _spans(shape: Shape, step: StepTime) -> tuple[float, float, float]:
 def _tail_s(step: StepTime) -> float:
     """What comes after the last backward pass, with the step's overall factors."""
     names = ("gradient reduction", "optimiser", "fixed")
-    plain = sum(float(value) for name, value in step.parts.items() if name not in ("stragglers", "software and device"))
+    plain = sum(float(value) for name, value in step.parts.items() if name not in FACTORS)
     return sum(float(step.parts[name]) for name in names) * float(step.total_s) / plain
 
 

@@ -200,6 +200,63 @@ def test_rows_without_measurements_are_answered_the_same(plan: Run, tmp_path: Pa
     assert answers[0] == answers[1]
 
 
+def entry_without(*names: str, **changes: object) -> dict[str, object]:
+    """A published dense row without some fields (dotted), and with others changed (table__field)."""
+    entry: dict[str, dict[str, object]] = json.loads(ROWS.read_text())["entries"][0]
+    for name in names:
+        table, _, key = name.rpartition(".")
+        (entry[table] if table else entry).pop(key)
+    for name, value in changes.items():
+        table, _, key = name.rpartition("__")
+        (entry[table] if table else entry)[key] = value  # type: ignore[assignment]
+    return entry  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        entry_without("parallelism", "software", "recompute", "features", "precision", "group", "kind"),
+        entry_without("model.head_dim", "model.kv_heads", "model.gated", "model.dense_layers", "model.tied"),
+        entry_without("hardware.class", "hardware.hbm_gb", "hardware.nvlink_domain", "config_gaps"),
+        entry_without(software="SomethingNew 3.1", hardware__gpu="XPU-9", **{"hardware__class": "XPU-9"}),
+        entry_without("hardware.inter_gbps", hardware__count=8, parallelism__dp=8),
+    ],
+    ids=["bare", "few sizes", "few rates", "unknown names", "one host"],
+)
+def test_a_row_with_fields_missing_is_answered(plan: Run, tmp_path: Path, entry: dict[str, object]) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([entry]))
+    status, out, error = plan("predict", str(tmp_path / "rows.json"))
+    assert status == 0, error
+    found = json.loads(out)["megatron-sc21-t1-1.7b"]
+    assert 0 < found["p10_s"] < found["step_s"] < found["p90_s"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (entry_without("model.layers"), "row megatron-sc21-t1-1.7b: model.layers is missing"),
+        (entry_without("model.ffn"), "model.ffn is missing"),
+        (entry_without(model__heads="8"), "model.heads is '8'; it must be a number above 0"),
+        (entry_without(model__vocab=float("nan")), "model.vocab is nan"),
+        (entry_without(parallelism=[]), "parallelism is []; it must be an object"),
+        (entry_without(model__experts=8), "model.top_k is missing"),
+        (entry_without("hardware.inter_gbps"), "hardware.inter_gbps is None; 32 devices need it"),
+        (entry_without("hardware.hbm_gb", hardware__gpu="XPU-9", **{"hardware__class": "XPU-9"}), "not known; give"),
+        (entry_without(precision="int3"), "row megatron-sc21-t1-1.7b: precision is 'int3'"),
+        (entry_without("id"), "row 1 has id None"),
+        (3, "row 1 is 3"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named_with_its_field(
+    plan: Run, tmp_path: Path, entry: object, words: str
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([entry]))
+    status, _, error = plan("predict", str(tmp_path / "rows.json"))
+    assert status == 1
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+
+
 def test_an_anchor_moves_its_group(plan: Run, tmp_path: Path) -> None:
     name = "megatron-sc21-t1-1.7b"
     plain = json.loads(plan("predict", str(ROWS))[1])
