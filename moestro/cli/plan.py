@@ -157,6 +157,7 @@ def simulate(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Play the best layout's step event by event over all ranks, and whole runs with failures."""
+    from moestro.plan.layout import text_of
     from moestro.plan.search import search
     from moestro.plan.timeline import play, write_trace
 
@@ -176,6 +177,7 @@ def simulate(
     found = search(question, 1)
     played = play(found.layouts[0], found.steps[0], jitter=jitter, seed=seed)
     result: dict[str, Any] = {
+        "layout": text_of(found.layouts[0]),
         "step_s": played.step_s,
         "predicted_step_s": float(found.steps[0].total_s),
         "busy_share": played.busy_share,
@@ -190,6 +192,7 @@ def simulate(
     if as_json:
         print(json.dumps(result))
         return
+    print(f"{question.shape.name} on {question.devices} x {question.cluster.device.name}: {result['layout']}")
     print(
         f"one step: {played.step_s:.3f} s played, {float(found.steps[0].total_s):.3f} s in closed form; stages busy "
         f"{100 * played.busy_share:.1f} %; {played.num_events} events on {question.devices} devices"

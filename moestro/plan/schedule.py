@@ -28,14 +28,18 @@ def bubble_s(layout: Layout, forward_s: Number, backward_s: Number, weight_s: Nu
     zero_bubble    (p - 1)(F + B - 2 W)          2401.10241, ZB-H1: its B is split, ours holds both parts
     zero_bubble_v  (p - 1)(F + B) / 6            2405.15362, as measured: (p - 1) / (p - 1 + 6 m) of the step
     dualpipe       (p / 2 - 1)(F + 2 B - 3 W)    DualPipe's README, F and B of two directions overlapped
+
+    The three that fill bubbles with gradients of weights have fewer of them where there are fewer micro-batches than
+    ranks: (p - m) W more, as played event by event.
     """
     p, both = layout.pp, forward_s + backward_s
+    unfilled = np.maximum(p - layout.micro_batches, 0.0) * weight_s
     kinds = [
         (p - 1) * both,
         (p - 1) * both / layout.virtual,
-        (p - 1) * np.maximum(both - 2 * weight_s, 0.0),
-        (p - 1) * both / 6,
-        np.maximum(p / 2 - 1, 0.0) * np.maximum(both + backward_s - 3 * weight_s, 0.0),
+        (p - 1) * np.maximum(both - 2 * weight_s, 0.0) + unfilled,
+        (p - 1) * both / 6 + unfilled,
+        np.maximum(p / 2 - 1, 0.0) * np.maximum(both + backward_s - 3 * weight_s, 0.0) + unfilled,
     ]
     schedule = np.asarray(layout.schedule)
     idle = np.select([schedule == code for code in range(len(kinds))], kinds)

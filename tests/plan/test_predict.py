@@ -121,20 +121,5 @@ def test_a_profile_survives_its_file(rows: list[Row], tmp_path: Path) -> None:
         load_profile(tmp_path / "broken.json")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model": {"layers": 2}}, "has no"),
-        ({"hardware": {"class": "X"}}, "has no"),
-        ({"precision": "int3"}, "precision"),
-    ],
-)
-def test_a_row_that_lacks_something_names_it(change: dict[str, object], words: str, tmp_path: Path) -> None:
-    entry = json.loads(ROWS.read_text())["entries"][0] | change
-    (tmp_path / "rows.json").write_text(json.dumps([entry]))
-    with pytest.raises(PlanError, match=words):
-        read_rows(tmp_path / "rows.json")
-
-
 def test_memory_of_all_rows_is_finite(rows: list[Row]) -> None:
     assert np.isfinite(np.asarray(memory(together(rows)).total_gib)).all()

@@ -43,6 +43,14 @@ def test_playing_a_zero_bubble_step_is_near_the_closed_form(schedule: str) -> No
     assert play(asked, UNIT).step_s == pytest.approx(closed, rel=0.04)
 
 
+@pytest.mark.parametrize("schedule", ["zero_bubble", "zero_bubble_v"])
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_fewer_micro_batches_than_ranks_leave_bubbles_unfilled(schedule: str, ranks: int) -> None:
+    asked = layout(schedule, pp=ranks, batches=ranks // 2, data=1)
+    closed = ranks // 2 * 3 + float(bubble_s(asked, 1.0, 2.0, 1.0))
+    assert play(asked, UNIT).step_s == pytest.approx(closed)
+
+
 def test_every_task_is_played_once_and_never_before_what_it_needs() -> None:
     played = play(layout("zero_bubble_v", pp=4, batches=8, data=1), UNIT)
     assert len(set(played.tasks)) == len(played.tasks) == 3 * 8 * 8

@@ -87,6 +87,15 @@ def test_candidates_can_all_run() -> None:
     assert (batches[interleaved] % found.pp[interleaved] == 0).all()
 
 
+def test_nothing_is_done_again_that_the_model_lacks() -> None:
+    sparse, dense = candidates(question()), candidates(question("llama3-8b"))
+    assert not np.any(sparse.again_up)
+    assert not np.any(sparse.again_dense)
+    assert np.any(sparse.again_experts)
+    assert not np.any(dense.again_experts)
+    assert np.any(candidates(question("deepseek-v3", devices=512, sequences=512)).again_up)
+
+
 def test_a_faster_network_is_never_slower() -> None:
     asked = question(devices=64)
     faster = replace(asked, cluster=changed(asked.cluster, ["network.spine=4x", "network.rail=4x"]))
