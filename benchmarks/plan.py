@@ -4,7 +4,7 @@
 
 Errors are of step time. "Left out" means that no row of the report was fitted on; every report (group) weighs the same.
 With --profile the fit to all rows is written to moestro/plan/profiles/published.json, which the package ships.
-Run with `make bench-plan`; needs two minutes, numpy only.
+Run with `make bench-plan`; needs a minute, numpy only.
 """
 
 import argparse
