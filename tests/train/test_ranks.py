@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from moestro.core.errors import ConfigError
 from moestro.core.events import read_events
 from moestro.dist.layout import Layout, fit
 from moestro.dist.shard import held_rows, pieces
@@ -14,7 +15,7 @@ from moestro.dist.testing import run_on_ranks
 from moestro.train import checkpoint
 from moestro.train.data import open_data, prepare
 from moestro.train.loop import go_on, start
-from moestro.train.ranks import Ranks
+from moestro.train.ranks import Ranks, check_alone
 from moestro.train.recipe import Recipe
 from moestro.train.run_folder import RunFolder
 from moestro.train.trainer import Trainer
@@ -269,3 +270,10 @@ def test_the_layout_is_part_of_the_log(make_recipe: MakeRecipe) -> None:
     run_on_ranks(run_all, recipe, ranks=2)
     started = read_events(RunFolder(recipe.out).events)[0]
     assert started["ranks"] == f"2 ranks: {Layout(dp_shard=2, ep=2).text()}"
+
+
+def test_a_mesh_that_nobody_starts_is_refused(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ConfigError, match=r"dist asks for 4 ranks, but this is one process; .* dist.ranks=1"):
+        check_alone(make_recipe("dist.pp=2", "dist.dp_shard=2"))
+    check_alone(make_recipe("dist.pp=2", "dist.ranks=1"))
+    check_alone(make_recipe("dist.ep=1"))
