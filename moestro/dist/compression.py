@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
@@ -108,9 +107,7 @@ class TwoPhase:
         codes = self.encode(padded_RP.view(ranks, each))
         if self.feedback:
             self.feedback.keep(wanted_N, self.decode(codes).flatten()[: flat_N.numel()])
-        came = [torch.empty_like(code) for code in codes]
-        for out, code in zip(came, codes, strict=True):
-            dist.all_to_all_single(out, code, group=self.axis.group)
+        came = [self.axis.swap_even(code) for code in codes]
         mine = self.encode(self.decode(came).sum(0, keepdim=True))
         everyones = [self.axis.gather_even(code) for code in mine]
         payload = sum(code.numel() * code.element_size() for code in codes)
@@ -229,7 +226,8 @@ class PowerSGD:
         warm = self.hook.iter >= self.hook.start_powerSGD_iter
         sizes = [_low_rank_numbers(shape, self.rank) if warm else shape.numel() for shape in shapes]
         self.sent_bytes += ring_bytes(4 * sum(sizes), self.axis.size)
-        mean_N: Tensor = powerSGD_hook.powerSGD_hook(self.hook, _Bucket(flat_N.clone(), shapes)).wait()
+        with self.axis.message(flat_N):
+            mean_N: Tensor = powerSGD_hook.powerSGD_hook(self.hook, _Bucket(flat_N.clone(), shapes)).wait()
         return mean_N * self.axis.size
 
     def state(self) -> dict[str, Tensor]:

@@ -1,19 +1,24 @@
 """Process groups for a layout: one `Axis` per direction in which ranks work together.
 
-    join(spec) -> Mesh -> mesh["ep"] -> Axis: size, index, sum, gather
+    join(spec) -> Mesh -> mesh["ep"] -> Axis: size, index, sum, gather, swap
 
-Groups of one rank have no process group and cost nothing.
+All collectives of training go through an `Axis`, where they are counted (for `watch`, which finds lost ranks) and timed
+(for `timeline`). Groups of one rank have no process group and cost nothing.
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moestro.dist.layout import AXES, Layout
+from moestro.dist.timeline import CLOCK
 
 
 @dataclass(slots=True)
@@ -30,26 +35,48 @@ PULSE = Pulse()
 class Axis:
     """The ranks this rank works with in one direction, itself included."""
 
-    name: str
+    name: str = field(compare=False)
     ranks: tuple[int, ...]
     index: int
     """Our place in `ranks`."""
-    group: dist.ProcessGroup | None = None
-    """None where we are alone."""
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    """None where we are alone; equal sets of ranks share a group."""
 
     @property
     def size(self) -> int:
         """Number of ranks."""
         return len(self.ranks)
 
+    @contextmanager
+    def message(self, like: Tensor) -> Iterator[None]:
+        """Around every collective: count it, and time it."""
+        PULSE.entered += 1
+        with CLOCK.message(self, like.is_cuda):
+            yield
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the ranks, as a new tensor."""
         if self.group is None:
             return value
-        PULSE.entered += 1
         total = value.clone()
-        dist.all_reduce(total, group=self.group)
+        with self.message(total):
+            dist.all_reduce(total, group=self.group)
         return total
+
+    def begin_sum(self, value: Tensor) -> "Pending":
+        """As `sum`, while this rank does something else."""
+        total = value.clone()
+        PULSE.entered += 1
+        return Pending(self, total, dist.all_reduce(total, group=self.group, async_op=True), (total,))
+
+    def least(self, value: Tensor) -> Tensor:
+        """The least of the ranks' numbers, each for itself, as a new tensor."""
+        if self.group is None:
+            return value
+        least = value.clone()
+        with self.message(least):
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+        return least
 
     def gather(self, rows_TX: Tensor) -> tuple[Tensor, slice]:
         """All ranks' rows in order, and which are ours; ranks may have different numbers of rows."""
@@ -67,10 +94,43 @@ class Axis:
         """As `gather` where all ranks have equally many rows."""
         if self.group is None:
             return rows_TX
-        PULSE.entered += 1
         parts = [torch.empty_like(rows_TX) for _ in self.ranks]
-        dist.all_gather(parts, rows_TX.contiguous(), group=self.group)
+        with self.message(rows_TX):
+            dist.all_gather(parts, rows_TX.contiguous(), group=self.group)
         return torch.cat(parts)
+
+    def swap_even(self, rows_RX: Tensor) -> Tensor:
+        """Equal parts of the first dimension go to each rank; what comes back is a part from each."""
+        out_RX = torch.empty_like(rows_RX, memory_format=torch.contiguous_format)
+        with self.message(rows_RX):
+            dist.all_to_all_single(out_RX, rows_RX.contiguous(), group=self.group)
+        return out_RX
+
+    def begin_swap(self, rows_NX: Tensor, send: list[int], receive: list[int]) -> "Pending":
+        """The first send[0] rows go to rank 0, the next send[1] to rank 1, ...; alike for what comes."""
+        rows_NX = rows_NX.contiguous()
+        out_MX = rows_NX.new_empty(sum(receive), *rows_NX.shape[1:])
+        PULSE.entered += 1
+        work = dist.all_to_all_single(out_MX, rows_NX, receive, send, group=self.group, async_op=True)
+        return Pending(self, out_MX, work, (rows_NX,))
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A collective under way."""
+
+    axis: Axis
+    result: Tensor
+    """Undefined until `wait` has returned it."""
+    work: Any
+    kept: tuple[Tensor, ...]
+    """What the collective reads or writes meanwhile."""
+
+    def wait(self) -> Tensor:
+        """The result."""
+        with CLOCK.message(self.axis, self.result.is_cuda):
+            self.work.wait()
+        return self.result
 
 
 def alone(name: str) -> Axis:

@@ -8,6 +8,7 @@ Names of tensors stay those of the whole model; blocks of other ranks are `Elsew
 Dimension key:  B sequences   S positions   D width   T tokens   E experts
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.specs import ModelSpec
 from moestro.dist.mesh import Axis
 from moestro.dist.spec import DistSpec
+from moestro.dist.timeline import CLOCK
 from moestro.nn.decoder import Decoder, Output
 from moestro.nn.moe import MoE
 from moestro.nn.router import RoutingRecord
@@ -114,6 +116,30 @@ class _Attach(torch.autograd.Function):
         return d_outputs[0], ctx.d_loss, None
 
 
+class TimedStage(PipelineStage):
+    """A stage that adds up its own work: the rest of a schedule's time goes to messages between stages."""
+
+    busy_s = 0.0
+
+    def forward_one_chunk(self, *given: Any, **named: Any) -> Any:
+        """As in torch."""
+        return self._timed(super().forward_one_chunk, *given, **named)
+
+    def backward_one_chunk(self, *given: Any, **named: Any) -> Any:
+        """As in torch."""
+        return self._timed(super().backward_one_chunk, *given, **named)
+
+    def backward_weight_one_chunk(self, *given: Any, **named: Any) -> Any:
+        """As in torch."""
+        return self._timed(super().backward_weight_one_chunk, *given, **named)
+
+    def _timed(self, work: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        begun_s = time.perf_counter()
+        made = work(*given, **named)
+        TimedStage.busy_s += time.perf_counter() - begun_s
+        return made
+
+
 class Pipeline:
     """This rank's stages."""
 
@@ -167,11 +193,14 @@ class Pipeline:
         scale = share / micro_batches
         schedule = self._schedule(token_BS, micro_batches, scale)
         losses: list[Tensor] = []
+        TimedStage.busy_s, begun_s = 0.0, time.perf_counter()
         inputs = (token_BS[:, :-1].contiguous(),) if 0 in self.own else ()
         if self.has_last:
             schedule.step(*inputs, target=token_BS[:, 1:].contiguous(), losses=losses, return_outputs=False)
         else:
             schedule.step(*inputs, return_outputs=False)
+        if token_BS.device.type == "cpu":  # elsewhere the host's clock says nothing of the stages
+            CLOCK.add(self.axis, begun_s + TimedStage.busy_s, time.perf_counter())
         return float(sum(loss.detach() for loss in losses)), {layer: list(self.seen[layer]) for layer in self.own_layers}
 
     def _schedule(self, token_BS: Tensor, micro_batches: int, scale: float) -> _PipelineSchedule:
@@ -182,7 +211,7 @@ class Pipeline:
             token = torch.empty(rows, self.length, dtype=torch.int64, device="meta")
             stream = torch.empty(rows, self.length, self.model.spec.width, device="meta", requires_grad=True)
             stages = [
-                PipelineStage(
+                TimedStage(
                     module,
                     number,
                     len(self.ranges),

@@ -112,9 +112,9 @@ def cut_columns(module: nn.Module, axis: Axis) -> Parts:
 
 def dispatcher_for(mesh: Mesh, spec: DistSpec) -> Dispatcher:
     """What carries tokens between experts."""
-    inner: Dispatcher = AllToAll(mesh["ep"], mesh.layout.node)
+    inner: Dispatcher = AllToAll(mesh["ep"], mesh.layout.node, spec.chunks)
     if spec.dispatch == "hierarchical":
-        inner = Hierarchical(mesh["ep_node"], mesh["ep_rail"], mesh.layout.node)
+        inner = Hierarchical(mesh["ep_node"], mesh["ep_rail"], mesh.layout.node, spec.chunks)
     if mesh["tp"].size == 1:
         return inner
     return SplitExperts(inner, mesh["tp"]) if mesh.layout.expert_tp else TokenParts(inner, mesh["tp"])

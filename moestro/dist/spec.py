@@ -1,6 +1,7 @@
 """The `[dist]` table of a recipe: how many ranks, and what each axis of the mesh splits. No torch here."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from moestro.core.config import STRICT
@@ -35,8 +36,15 @@ class DistSpec:
     too, 3 weights too. 0: nothing, gradients are summed in flat buckets."""
     dispatch: Literal["flat", "hierarchical"] = "flat"
     """hierarchical: a token bound for several experts of one node crosses the link between nodes once."""
+    chunks: int = 1
+    """Parts of a layer's tokens; a part travels to and from its experts while another is computed."""
     ranks_per_node: int = 0
     """Ranks that share a fast link; 0: as many as the launcher started on each machine."""
+    shares: str = "even"
+    """Rows of the batch for each part of it (dp_replicate x dp_shard), see `train/shares.py`: even, measured (in
+    proportion to each part's speed), or numbers such as 3:1; 0 is possible."""
+    shares_every: int = 20
+    """measured: steps after which speeds are looked at again."""
     sync: Literal["step", "local", "diloco", "stale", "hybrid"] = "step"
     """How copies (dp_replicate) stay together, see `dist/synchronise.py`; step: gradients are summed in every step."""
     sync_every: int = 16
@@ -64,7 +72,7 @@ class DistSpec:
         for name in ("ranks", "dp_shard", "restarts", "ranks_per_node", "sync_after", "staleness"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"dist.{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("pp", "dp_replicate", "tp", "ep", "stages_per_rank", "powersgd_rank", "sync_every"):
+        for name in ("pp", "dp_replicate", "tp", "ep", "stages_per_rank", "powersgd_rank", "sync_every", "chunks", "shares_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"dist.{name} is {getattr(self, name)}; it must be 1 or more")
         if not 0 < self.density <= 1:
@@ -83,3 +91,20 @@ class DistSpec:
             raise ConfigError("dist.sync is hybrid with dp_shard 1: a copy is one rank; use dist.sync=stale")
         if self.timeout_s <= 0:
             raise ConfigError(f"dist.timeout_s is {self.timeout_s}; it must be above 0")
+        _ = self.share_weights
+
+    @property
+    def share_weights(self) -> list[Fraction]:
+        """The numbers that `shares` gives; empty where it gives none."""
+        if self.shares in ("even", "measured"):
+            return []
+        try:
+            weights = [Fraction(part) for part in self.shares.split(":")]
+        except (ValueError, ZeroDivisionError):
+            weights = []
+        if not weights or min(weights) < 0 or not sum(weights):
+            raise ConfigError(
+                f"dist.shares is {self.shares}; it must be even, measured, or numbers of 0 or more, one of them above, "
+                "with colons between: 3:1"
+            )
+        return weights

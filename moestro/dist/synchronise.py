@@ -12,14 +12,13 @@ A copy is all ranks with one place on dp_replicate. What travels between copies 
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moestro.dist.compression import make, methods_by_tensor
-from moestro.dist.mesh import Axis
+from moestro.dist.mesh import Axis, Pending
 from moestro.dist.spec import DistSpec
 
 
@@ -94,7 +93,7 @@ class BoundedStaleness:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], axis: Axis, spec: DistSpec) -> None:
         self.members, self.axis, self.staleness, self._sent = list(parameters.values()), axis, spec.staleness, 0.0
-        self.under_way: deque[tuple[Any, Tensor, Tensor]] = deque()
+        self.under_way: deque[tuple[Tensor, Pending]] = deque()
         self.before = _flat(self.members)
 
     @property
@@ -110,19 +109,16 @@ class BoundedStaleness:
     def after_step(self, steps_done: int) -> None:
         """Apply our share of our update, send it, and take in what has to be here by now."""
         own = (_flat(self.members) - self.before) / self.axis.size
-        total = own.clone()
-        work = dist.all_reduce(total, group=self.axis.group, async_op=True)
-        self._sent += 2 * (self.axis.size - 1) / self.axis.size * total.numel() * total.element_size()
-        self.under_way.append((work, own, total))
+        self.under_way.append((own, self.axis.begin_sum(own)))
+        self._sent += 2 * (self.axis.size - 1) / self.axis.size * own.numel() * own.element_size()
         _fill(self.members, self.before + own)
         self._take(self.staleness)
 
     def _take(self, left: int) -> None:
         """Wait until at most so many updates are under way."""
         while len(self.under_way) > left:
-            work, own, total = self.under_way.popleft()
-            work.wait()
-            _fill(self.members, _flat(self.members) + total - own)
+            own, total = self.under_way.popleft()
+            _fill(self.members, _flat(self.members) + total.wait() - own)
 
     @torch.no_grad()
     def meet(self) -> None:

@@ -8,12 +8,18 @@ Experts and everything else are sharded separately: experts over the ranks that 
 multiply. Shares are rows of the first dimension, between copies (dp_replicate) gradients are summed in whole.
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from moestro.core.errors import ConfigError
-from moestro.dist.mesh import Mesh
+from moestro.dist.mesh import Axis, Mesh
+from moestro.dist.timeline import CLOCK
 from moestro.nn.decoder import Decoder
 from moestro.nn.experts import LowRankExperts
 from moestro.nn.moe import MoE
@@ -43,6 +49,9 @@ def shard(model: Decoder, mesh: Mesh, zero: int) -> list[FSDPModule]:
     for module in done:
         module.set_gradient_divide_factor(1.0)  # losses are shares already: gradients add up
         module.set_force_sum_reduction_for_comms(True)
+        if mesh.device.type == "cpu":  # elsewhere torch runs them beside arithmetic, and their length says nothing
+            module.set_custom_all_gather(Gather())
+            module.set_custom_reduce_scatter(Scatter())
     return done
 
 
@@ -51,3 +60,26 @@ def _data_mesh(mesh: Mesh, shape: tuple[int, int, int, int]) -> DeviceMesh:
     ranks = torch.arange(mesh.layout.world).view(shape)
     whole = DeviceMesh(mesh.device.type, ranks, mesh_dim_names=("pp", "replicate", "shard", "other"))
     return whole["replicate", "shard"] if mesh.layout.dp_replicate > 1 else whole["shard"]
+
+
+class Gather(DefaultAllGather):
+    """Gathers shares of weights as torch does; counted and timed as our own messages are."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, **how: Any) -> Any:
+        """As in torch."""
+        with CLOCK.during("reduction"), _axis(group).message(input_tensor):
+            return super().__call__(output_tensor, input_tensor, group, **how)
+
+
+class Scatter(DefaultReduceScatter):
+    """Sums gradients and leaves each rank its share, as torch does; counted and timed as our own messages are."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, **how: Any) -> Any:
+        """As in torch."""
+        with CLOCK.during("reduction"), _axis(group).message(input_tensor):
+            return super().__call__(output_tensor, input_tensor, group, **how)
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Axis("zero", ranks, ranks.index(dist.get_rank()), group)
