@@ -101,8 +101,10 @@ class Decoder(nn.Module):
         return self.head_loss(x_BSD, token_BS[:, 1:]), records
 
     def head_loss(self, x_BSD: Tensor, target_BS: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of the normalised stream's predictions."""
+        """Mean cross-entropy in nats of the normalised stream's predictions; 0 where there are none."""
         x_TD, target_T = x_BSD.flatten(0, 1), target_BS.flatten()
+        if not len(target_T):  # a rank without rows: 0, and zero gradients for everything
+            return F.linear(x_TD, self.head_weight_VD).float().sum()
         if cpu.usable(x_TD) and torch.is_grad_enabled() and self.head_weight_VD.dtype == torch.float32:
             return head_loss(x_TD, self.head_weight_VD, target_T)
         return token_loss(F.linear(x_TD, self.head_weight_VD), target_T)

@@ -31,7 +31,7 @@ def sequence_balance_loss(
 ) -> Tensor:
     """The same for every sequence on its own, averaged (DeepSeek-V3, eq. 17)."""
     num_experts = prob_TE.shape[1]
-    prob_BSE = prob_TE.unflatten(0, (sequences, -1))
+    prob_BSE = prob_TE.unflatten(0, (sequences, len(prob_TE) // max(sequences, 1)))
     count_BE = sequence_counts(expert_TK, sequences, num_experts)
     share_BE = count_BE / count_BE.sum(-1, keepdim=True).clamp(min=1)
     loss_B = num_experts * (share_BE * prob_BSE.mean(1)).sum(-1)
@@ -40,11 +40,11 @@ def sequence_balance_loss(
 
 def sequence_counts(expert_TK: Tensor, sequences: int, num_experts: int) -> Tensor:
     """Assignments per sequence and expert; unused slots do not count."""
-    sequence_T1 = torch.arange(sequences, device=expert_TK.device).repeat_interleave(len(expert_TK) // sequences)[
-        :, None
-    ]
+    sequence_T1 = torch.arange(sequences, device=expert_TK.device).repeat_interleave(
+        len(expert_TK) // max(sequences, 1)
+    )[:, None]
     flat_A = (sequence_T1 * (num_experts + 1) + expert_TK).flatten()
-    count_BE = torch.bincount(flat_A, minlength=sequences * (num_experts + 1)).view(sequences, -1)
+    count_BE = torch.bincount(flat_A, minlength=sequences * (num_experts + 1)).view(sequences, num_experts + 1)
     return count_BE[:, :num_experts].to(torch.float32)
 
 

@@ -62,11 +62,12 @@ class RoutingRecord:
 
 
 def merge(records: Sequence[RoutingRecord]) -> RoutingRecord:
-    """The record of all tokens together; means are weighted by tokens."""
+    """The record of all tokens together; means are weighted by tokens, evenly where there are none here."""
     tokens = sum(record.tokens for record in records)
+    weights = [record.tokens / tokens if tokens else 1 / len(records) for record in records]
 
     def mean(name: str) -> Tensor:
-        parts = [getattr(record, name).detach() * (record.tokens / max(tokens, 1)) for record in records]
+        parts = [getattr(record, name).detach() * weight for record, weight in zip(records, weights, strict=True)]
         return torch.stack(parts).sum(0)
 
     first = records[0]

@@ -20,6 +20,7 @@ from moestro.dist.mesh import Axis, alone
 from moestro.nn.decoder import Decoder, Output
 from moestro.nn.router import RoutingRecord, merge
 from moestro.train import checkpoint
+from moestro.train.ledger import News
 from moestro.train.optim import gradient_norm
 
 if TYPE_CHECKING:
@@ -100,6 +101,10 @@ class Engine(Protocol):
         """Raise RankLostError for errors that come of other ranks' absence."""
         ...
 
+    def news(self, last: bool) -> list[News]:
+        """What the ranks have to tell of the last steps, for the event log; after every step, `last` or not."""
+        ...
+
     def first(self, work: Callable[[], T]) -> T:
         """Let the leader work, the others wait; all get its result, and what it raises is raised everywhere."""
         ...
@@ -177,6 +182,10 @@ class OneRank:
     def guard(self) -> AbstractContextManager[None]:
         """There are no others."""
         return nullcontext()
+
+    def news(self, last: bool) -> list[News]:
+        """Nothing."""
+        return []
 
     def first(self, work: Callable[[], T]) -> T:
         """Do it."""

@@ -163,11 +163,13 @@ class _Session:
         train, trainer = self.recipe.train, self.trainer
         while trainer.step < train.steps:
             if self.asked_to(stop):
+                self.tell(last=True)
                 self.save(must=True)
                 return Outcome(self.folder, trainer.step, finished=False, seconds=self.seconds)
             name = trainer.batch_name()
             result = trainer.run_step()
             self.log(result, name)
+            self.tell(last=trainer.step == train.steps)
             last = trainer.step == train.steps
             if _due(train.evaluate_every, trainer.step) and not last:
                 self.evaluate(limit=train.evaluate_sequences)
@@ -178,6 +180,14 @@ class _Session:
         packed = self.engine.first(lambda: compressors(self.data))
         self.events.write("finished", trainer.step, seconds=self.seconds, compressors=packed)
         return Outcome(self.folder, trainer.step, True, self.seconds, evaluation, packed)
+
+    def tell(self, last: bool) -> None:
+        """Log what the ranks have to tell of the last steps."""
+        for news in self.engine.news(last):
+            if news.event != "timeline" or _due(self.recipe.train.log_every, news.step):
+                self.events.write(news.event, news.step, **news.fields)
+            if news.text:
+                self.watcher.say(news.text)
 
     def asked_to(self, stop: Stop) -> bool:
         """Whether any rank was asked to stop; a checkpoint that could not be written meanwhile is reported."""

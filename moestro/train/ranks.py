@@ -26,6 +26,7 @@ from moestro.dist.pipeline import Pipeline
 from moestro.dist.reduce import GradientSum, total_norm
 from moestro.dist.shard import Parts, cut, held_rows, local, pieces
 from moestro.dist.synchronise import Synchroniser, average, make_synchroniser
+from moestro.dist.timeline import CLOCK
 from moestro.dist.watch import Watch
 from moestro.dist.zero import shard
 from moestro.nn.decoder import Decoder, Output
@@ -34,9 +35,11 @@ from moestro.nn.routing_budget import BINS
 from moestro.train.checkpoint import verify
 from moestro.train.device import pick_device
 from moestro.train.engine import Done, Engine, OneRank, learn_in_turn
+from moestro.train.ledger import EVERY, Ledger, News
 from moestro.train.recipe import Recipe
 from moestro.train.saving import Saving
 from moestro.train.shards import Part, Shards
+from moestro.train.shares import Shares, check_shares
 
 if TYPE_CHECKING:
     from moestro.train.trainer import StepResult, Trainer
@@ -53,11 +56,7 @@ def enlist(recipe: Recipe) -> Engine:
     train, here = recipe.train, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     layout = fit(recipe.dist, int(os.environ["WORLD_SIZE"]), here)
     rows = train.sequences // train.micro_batches
-    if rows < layout.dp:
-        raise ConfigError(
-            f"train.sequences / train.micro_batches is {rows}; it must be {layout.dp} or more, one for each part of "
-            f"the batch ({layout.text()}): raise train.sequences or lower train.micro_batches"
-        )
+    check_shares(recipe, layout, rows)
     check_pipeline(recipe, layout, rows)
     if not train.threads:
         torch.set_num_threads(max((os.cpu_count() or 1) // here, 1))
@@ -125,6 +124,8 @@ class Ranks:
         self.apart = recipe.dist.sync != "step"
         self.leads, self.split = self.mesh.rank == 0, self.mesh["dp_shard" if self.apart else "dp"]
         self.layout = f"{layout.world} ranks: {layout.text()}"
+        self.shares = Shares(recipe.dist, layout, recipe.train.sequences // recipe.train.micro_batches)
+        self.ledger = Ledger(self.mesh, self.shares, recipe.dist.sync_every if self.apart else EVERY)
         self.parts: Parts = {}
         self.parameters: dict[str, nn.Parameter] = {}
 
@@ -174,14 +175,14 @@ class Ranks:
             average(self.buffers, self.mesh["dp_replicate"])
 
     def own_rows(self, token_BS: Tensor) -> tuple[Tensor, float]:
-        """Neighbouring rows, as many on every rank as on any other, or one more."""
-        rows, every = len(token_BS), self.mesh["dp"]
-        first, last = rows * every.index // every.size, rows * (every.index + 1) // every.size
+        """Neighbouring rows, as many as `Shares` says."""
+        rows = len(token_BS)
+        own_BS = token_BS[self.shares.own(rows, self.mesh["dp"].index)]
         if not self.apart:
-            return token_BS[first:last], (last - first) / rows
+            return own_BS, len(own_BS) / rows
         copy, copies = self.mesh["dp_replicate"].index, self.mesh["dp_replicate"].size
         of_copy = rows * (copy + 1) // copies - rows * copy // copies
-        return token_BS[first:last], (last - first) / of_copy
+        return own_BS, len(own_BS) / of_copy
 
     def finish_gradients(self) -> float:
         """See `Engine`."""
@@ -203,6 +204,11 @@ class Ranks:
         self.steps = steps_done
         if self.synchroniser:
             self.synchroniser.after_step(steps_done)
+        CLOCK.end(steps_done)
+
+    def news(self, last: bool) -> list[News]:
+        """See `Engine`."""
+        return self.ledger.news(self.steps, last)
 
     @property
     def sent_bytes(self) -> float:
@@ -212,6 +218,11 @@ class Ranks:
 
     def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
         """Through the pipeline, where there is one."""
+        CLOCK.begin()
+        with CLOCK.during("exchange"):
+            return self._learn(trainer, parts, result)
+
+    def _learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
         if self.pipeline is None:
             return learn_in_turn(trainer, parts, result)
         rows = [self.own_rows(part_BS) for part_BS in parts]
@@ -253,10 +264,12 @@ class Ranks:
         if self.apart and self.steps % self.spec.sync_every:
             return False, None
         writing = self.saving is not None and not self.saving.finished
+        CLOCK.begin(anew=True)
         flags = self.mesh["world"].sum(torch.tensor([float(stop), float(writing)], device=self.mesh.device))
         stops, writers = flags.tolist()
         problem = None
         if self.saving is not None and not writers:
+            CLOCK.drop()  # files are no part of a step
             try:
                 self._commit()
             except (CheckpointError, StorageError) as error:
@@ -311,7 +324,10 @@ class Ranks:
         ]
         writes = self.mesh["tp"].index == 0 and self.mesh["pp"].index == 0
         name = "random" if self.split.index == 0 else f"random.{self.split.index}"
-        yield [_whole_part(name, torch.get_rng_state())] if writes else []
+        state = [_whole_part(name, torch.get_rng_state())] if writes else []
+        if self.leads and (row_P := self.shares.state()):
+            state.append(_whole_part("shares", torch.tensor(row_P)))
+        yield state
 
     def _own(self, name: str, place: str, tensor: Tensor) -> list[Part]:
         """The parts of a tensor that this rank writes; `place` is the parameter that says where they belong."""
@@ -343,6 +359,8 @@ class Ranks:
             torch.set_rng_state(state.read(mine))
         else:  # fewer ranks wrote it
             torch.manual_seed(trainer.recipe.seed + manifest["step"] * self.split.size + self.split.index)
+        if "shares" in state.shapes:
+            self.shares.restore(state.read("shares").tolist())
         self.steps = int(manifest["step"])
         self.synchroniser = make_synchroniser(self.parameters, self.mesh["dp_replicate"], self.spec)
         return self.steps

@@ -165,6 +165,44 @@ def test_low_rank_experts_share_their_base_over_all_ranks(make_recipe: MakeRecip
     compare(make_recipe, 4, "dist.ep=2", "model.moe.sharing=low_rank", "model.moe.sharing_rank=4")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("dist.shares=3:1:0:1.5", "dist.ep=2", "train.micro_batches=2", "train.sequences=14"),
+        ("dist.shares=3:0:1:0", "dist.zero=3", "dist.dp_replicate=2", "dist.ep=2"),
+        slow("dist.shares=0:0:1:0", "dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2"),
+        slow("dist.shares=0:1", "dist.tp=2", "dist.ep=2", "model.moe.router.aux_scope=sequence"),
+        slow("dist.shares=1:0:3:1", "dist.ep=2", "model.moe.router.rule=expert_choice", "train.recompute=true"),
+        slow("dist.shares=0:1:3:1", "dist.zero=1", "dist.ep=4", "model.moe.router.selection_bias=quantile"),
+        slow(
+            "dist.shares=0:1:1:0",
+            "model.attention.kind=mla",
+            "model.attention.kv_rank=8",
+            "model.attention.rope_head_dim=4",
+            "model.attention.head_dim=8",
+        ),
+    ],
+    ids=" ".join,
+)
+def test_uneven_shares_of_the_batch_change_nothing(make_recipe: MakeRecipe, settings: tuple[str, ...]) -> None:
+    compare(make_recipe, 4, *settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("dist.chunks=3", "dist.ep=2", "dist.zero=3", "train.recompute=true"),
+        slow("dist.chunks=2", "dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2"),
+        slow("dist.chunks=2", "dist.ep=2", "dist.tp=2", "dist.zero=1", "train.micro_batches=2"),
+        slow("dist.chunks=2", "dist.ep=2", "dist.pp=2", *PIPELINE),
+        slow("dist.chunks=40", "dist.ep=2", "dist.shares=3:1:0:1"),
+    ],
+    ids=" ".join,
+)
+def test_exchange_in_chunks_learns_what_one_rank_learns(make_recipe: MakeRecipe, settings: tuple[str, ...]) -> None:
+    compare(make_recipe, 4, *settings)
+
+
 def run_all(recipe: Recipe, stop_at: int = 0) -> Any:
     asked = iter([False] * stop_at + [True])
     stop = (lambda: next(asked)) if stop_at else (lambda: False)

@@ -41,7 +41,8 @@ class CausalAttention(torch.autograd.Function):
 
 def by_head(score_NQS: Tensor) -> Tensor:
     """[N, H/G * S, S] -> [N * H/G, S, S]."""
-    return score_NQS.view(-1, score_NQS.shape[-1], score_NQS.shape[-1])
+    matrices, queries, length = score_NQS.shape
+    return score_NQS.view(matrices * queries // length, length, length)
 
 
 def takes(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> bool:
@@ -54,7 +55,7 @@ def causal_attention(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, scale: floa
     """Causal attention of whole sequences; H is a multiple of G."""
     batch, num_heads, length, width = q_BHSC.shape
     groups = k_BGSC.shape[1]
-    q_NQC = q_BHSC.reshape(batch * groups, -1, width)
-    k_NSC, v_NSC = (x.reshape(batch * groups, length, -1) for x in (k_BGSC, v_BGSC))
+    q_NQC = q_BHSC.reshape(batch * groups, num_heads // groups * length, width)
+    k_NSC, v_NSC = (x.reshape(batch * groups, length, x.shape[-1]) for x in (k_BGSC, v_BGSC))
     y_NQC: Tensor = CausalAttention.apply(q_NQC, k_NSC, v_NSC, 1 / math.sqrt(width) if scale is None else scale)
-    return y_NQC.view(batch, num_heads, length, -1)
+    return y_NQC.view(batch, num_heads, length, v_BGSC.shape[-1])
