@@ -196,7 +196,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def draw(rows: list[dict[str, Any]], runs: list[dict[str, Any]], steps: int) -> str:
     """Loss against work, and the curves, as one SVG."""
     from moestro.core.axes import Axis
-    from moestro.core.charts import Bar, Series, bars, line_chart, standalone_svg
+    from moestro.core.bars import Bar, bars
+    from moestro.core.charts import Series, line_chart, standalone_svg
 
     shown = [row for row in rows if row["rule"] != "top-2"]
     difference = bars(

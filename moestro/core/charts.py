@@ -1,7 +1,7 @@
 """Charts as SVG text: data in, string out; for report pages, for plots in docs, without a plotting library or torch.
 
-    line_chart | stacked_area | bars | heat_map | timeline -> Chart -> figure(chart)            inside an HTML page
-                                                                    -> standalone_svg(*charts)  an .svg file of its own
+    line_chart | stacked_area | heat_map | timeline (bars: core/bars.py) -> Chart -> figure(chart)            for a page
+                                                                               -> standalone_svg(*charts)  a file
 
 A chart has no fixed width: across, places are percent of the plot (lines: 0..1000), down they are pixels. So one chart
 fits a phone and a wide screen with text and lines of constant size. Colours are CSS variables of charts.css, which
@@ -10,7 +10,6 @@ knows light and dark; charts.js adds read-outs under the pointer to charts on a 
 Dimension key:  N points   R rows   C columns
 """
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moestro.core.axes import Axis, number_text
+from moestro.core.svg import escaped, own, px, text_at, x_labels
 
 CATEGORIES = ("c0", "c1", "c2", "c3", "c4", "c5")
 """Colours for things without order."""
@@ -63,19 +63,6 @@ class Reference:
 
     label: str
     value: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bar:
-    """One row of a bar chart, with an optional interval."""
-
-    name: str
-    value: float
-    note: str = ""
-    """Small print below the name."""
-    low: float | None = None
-    high: float | None = None
-    colour: str = "c0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,24 +133,10 @@ def stacked_area(
     for one, below_N, above_N in zip(series, edge_SN, edge_SN[1:], strict=False):
         there = _points(right_N, (1 - y.share(above_N)) * height)
         back = _points(right_N[::-1], (1 - y.share(below_N[::-1])) * height)
-        marks.append(f'<path class="area" {_own(one.colour)} data-name="{escaped(one.name)}" d="M{there} {back}z"/>')
+        marks.append(f'<path class="area" {own(one.colour)} data-name="{escaped(one.name)}" d="M{there} {back}z"/>')
     body = [_plane("".join(marks), height), f'<g class="over">{"".join(_grid(x, y, height))}</g>']
     keys = tuple(Key(one.name, one.colour, "area", one.value) for one in reversed(series))
     return Chart(title=title, body="".join(body), height=height, note=note, keys=keys, readout=_readout("area", x, y))
-
-
-def bars(title: str, rows: Sequence[Bar], *, x: Axis, note: str = "", row_height: float = 34) -> Chart:
-    """Horizontal bars from zero, each with its value; x is a linear axis."""
-    ends = [end for row in rows for end in (row.value, row.low, row.high) if end is not None]
-    x = x.fitted([0.0, *ends], room=0.12)
-    height = row_height * len(rows)
-    zero = float(x.share(0.0))
-    body = [_down(float(x.share(tick)), height, "grid") for tick in x.ticks(5)]
-    for number, row in enumerate(rows):
-        body.append(_bar(row, x, (number + 0.5) * row_height))
-    body += [_down(zero, height, "axis"), *_x_labels(x, height, ticks=5)]
-    longest = max((max(len(row.name), 0.9 * len(row.note)) for row in rows), default=0)
-    return Chart(title=title, body="".join(body), height=height, note=note, left=longest * LETTER_PX + 14, top=4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,13 +179,13 @@ def heat_map(
     cells = []
     for level in np.unique(level_RC[level_RC > -2]).tolist():
         colour = "none" if level < 0 else f"q{level}"
-        cells.append(f'<path class="cells" {_own(colour)} d="{_cells(level_RC == level)}"/>')
+        cells.append(f'<path class="cells" {own(colour)} d="{_cells(level_RC == level)}"/>')
     columns = value_RC.shape[1]
     view = f'viewBox="0 0 {columns} {len(value_RC)}" preserveAspectRatio="none"'
-    body = [f'<svg {view} width="100%" height="{_n(height)}">{"".join(cells)}</svg>', *_x_labels(x.fitted([]), height)]
+    body = [f'<svg {view} width="100%" height="{px(height)}">{"".join(cells)}</svg>', *x_labels(x.fitted([]), height)]
     every = max(1, int(np.ceil(13 / row_height)))
-    body += [_text(-6, (row + 0.5) * row_height + 4, rows[row], "end tick") for row in range(0, len(rows), every)]
-    body.append(_text(-48, -8, row_label, "title"))
+    body += [text_at(-6, (row + 0.5) * row_height + 4, rows[row], "end tick") for row in range(0, len(rows), every)]
+    body.append(text_at(-48, -8, row_label, "title"))
     readout: dict[str, Any] = {"kind": "heat", "x": x.fitted([]).limits, "xname": x.label, "rows": list(rows)}
     readout |= {"row": row_label, "unit": shades.label}
     readout["values"] = [[float(f"{v:.3g}") if np.isfinite(v) else None for v in row] for row in value_RC.tolist()]
@@ -229,8 +202,8 @@ def shades_key(shades: Shades) -> Chart:
     width, body = 100 / len(shown), []
     for place, (colour, text, kind) in enumerate(shown):
         where = f'x="{place * width:.2f}%" y="0" width="{width + 0.05:.2f}%" height="12"'
-        body.append(f'<rect class="{kind}" {_own(colour)} {where}/>' if colour else "")
-        body.append(_text((place + 0.5) * width, 26, text, "middle tick", "%"))
+        body.append(f'<rect class="{kind}" {own(colour)} {where}/>' if colour else "")
+        body.append(text_at((place + 0.5) * width, 26, text, "middle tick", "%"))
     return Chart(title=shades.label, body="".join(body), height=12, left=10, right=10, top=4, bottom=18)
 
 
@@ -253,10 +226,10 @@ def timeline(title: str, rows: Mapping[str, tuple[str, Sequence[float]]], *, x: 
     for number, (name, (colour, places)) in enumerate(rows.items()):
         middle = 24 * number + 12
         body.append(f'<line class="grid" x1="0" x2="100%" y1="{middle}" y2="{middle}"/>')
-        body.append(_text(-10, middle + 4, name, "end tick"))
-        across = [f"M{_n(STEPS_ACROSS * place)} {middle}h0" for place in x.share(np.asarray(places, dtype=float))]
-        dots.append(f'<path class="dots" {_own(colour)} data-name="{escaped(name)}" d="{"".join(across)}"/>')
-    body += [_plane("".join(dots), height), *_x_labels(x, height)]
+        body.append(text_at(-10, middle + 4, name, "end tick"))
+        across = [f"M{px(STEPS_ACROSS * place)} {middle}h0" for place in x.share(np.asarray(places, dtype=float))]
+        dots.append(f'<path class="dots" {own(colour)} data-name="{escaped(name)}" d="{"".join(across)}"/>')
+    body += [_plane("".join(dots), height), *x_labels(x, height)]
     left = max((len(name) for name in rows), default=0) * LETTER_PX + 16
     return Chart(title=title, body="".join(body), height=height, note=note, left=left, top=4)
 
@@ -278,8 +251,8 @@ def thin(x_N: NDArray[Any], y_N: NDArray[Any], most: int = POINTS) -> tuple[NDAr
 def figure(chart: Chart) -> str:
     """The chart as HTML: title, legend and SVG."""
     total = chart.top + chart.height + chart.bottom
-    edges = " ".join(f"{_n(edge)}px" for edge in (chart.top, chart.right, chart.bottom, chart.left))
-    style = f"height:{_n(total)}px;padding:{edges}"
+    edges = " ".join(f"{px(edge)}px" for edge in (chart.top, chart.right, chart.bottom, chart.left))
+    style = f"height:{px(total)}px;padding:{edges}"
     readout = f' data-chart="{escaped(json.dumps(chart.readout, separators=(",", ":")))}"' if chart.readout else ""
     note = f'<span class="note">{escaped(chart.note)}</span>' if chart.note else ""
     return (
@@ -293,7 +266,7 @@ def _html_keys(keys: Sequence[Key]) -> str:
     if len(keys) < 2:
         return ""
     entries = [
-        f'<span class="key"><i class="{key.style}" {_own(key.colour)}></i>{escaped(key.name)}'
+        f'<span class="key"><i class="{key.style}" {own(key.colour)}></i>{escaped(key.name)}'
         + (f" <b>{escaped(key.value)}</b>" if key.value else "")
         + "</span>"
         for key in keys
@@ -305,19 +278,19 @@ def standalone_svg(*charts: Chart, width: float = 720) -> str:
     """The charts below each other as one SVG document with its own style and paper."""
     parts, below = [], 12.0
     for chart in charts:
-        parts.append(_text(MARGIN, below + 14, chart.title, "heading"))
+        parts.append(text_at(MARGIN, below + 14, chart.title, "heading"))
         below += 22
         if chart.note:
-            parts.append(_text(MARGIN, below + 11, chart.note, "tick"))
+            parts.append(text_at(MARGIN, below + 11, chart.note, "tick"))
             below += 18
         rows = _key_rows(chart.keys, width - 2 * MARGIN)
         parts += [_svg_key(key, MARGIN + place, below + 18 * row + 12) for key, place, row in rows]
         below += 18 * (rows[-1][2] + 1) if rows else 0
         left, inside = MARGIN - 4 + chart.left, width - 2 * MARGIN + 8 - chart.left - chart.right
-        where = f'x="{_n(left)}" y="{_n(below + chart.top)}" width="{_n(inside)}" height="{_n(chart.height)}"'
+        where = f'x="{px(left)}" y="{px(below + chart.top)}" width="{px(inside)}" height="{px(chart.height)}"'
         parts.append(f'<svg {where} overflow="visible">{chart.body}</svg>')
         below += chart.top + chart.height + chart.bottom + 8
-    size = f'width="{_n(width)}" height="{_n(below)}" viewBox="0 0 {_n(width)} {_n(below)}"'
+    size = f'width="{px(width)}" height="{px(below)}" viewBox="0 0 {px(width)} {px(below)}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="plot standalone" {size}><style>{chart_style()}</style>'
         f'<rect class="paper" width="100%" height="100%"/>{"".join(parts)}</svg>\n'
@@ -339,13 +312,13 @@ def _key_rows(keys: Sequence[Key], width: float) -> list[tuple[Key, float, int]]
 
 def _svg_key(key: Key, x: float, y: float) -> str:
     if key.style == "area":
-        mark = f'<rect class="cell" {_own(key.colour)} x="{_n(x)}" y="{_n(y - 9)}" width="18" height="10"/>'
+        mark = f'<rect class="cell" {own(key.colour)} x="{px(x)}" y="{px(y - 9)}" width="18" height="10"/>'
     else:
         shape = "line" if key.style == "dots" else key.style
-        mark = "" if key.style == "dot" else f'<path class="{shape}" {_own(key.colour)} d="M{_n(x)} {_n(y - 4)}h18"/>'
-        dot = f'<path class="dots" {_own(key.colour)} d="M{_n(x + 9)} {_n(y - 4)}h0"/>'
+        mark = "" if key.style == "dot" else f'<path class="{shape}" {own(key.colour)} d="M{px(x)} {px(y - 4)}h18"/>'
+        dot = f'<path class="dots" {own(key.colour)} d="M{px(x + 9)} {px(y - 4)}h0"/>'
         mark += dot if key.style in ("dots", "dot") else ""
-    return mark + _text(x + 24, y, f"{key.name} {key.value}".strip(), "tick")
+    return mark + text_at(x + 24, y, f"{key.name} {key.value}".strip(), "tick")
 
 
 def chart_style() -> str:
@@ -358,16 +331,6 @@ def chart_script() -> str:
     return files("moestro.core").joinpath("charts.js").read_text(encoding="utf-8")
 
 
-def escaped(text: str) -> str:
-    """Any text as HTML and XML may hold it: signs escaped, control characters shown as their symbols."""
-    shown = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {
-        127: 0x2421,
-        0xFFFE: 0xFFFD,
-        0xFFFF: 0xFFFD,
-    }
-    return html.escape(text.translate(shown).encode(errors="replace").decode())
-
-
 def _marks(series: Series, x: Axis, y: Axis, height: float, most: int) -> str:
     """Band, line and dots of one series; a point without neighbours becomes a dot."""
     x_N, y_N = thin(np.ravel(series.x).astype(float), np.ravel(series.y).astype(float), most)
@@ -376,12 +339,12 @@ def _marks(series: Series, x: Axis, y: Axis, height: float, most: int) -> str:
     dotted = [i for run in runs for i in run.tolist() if len(run) == 1 or series.style in ("dots", "dot")]
     dots = "".join(f"M{_points([right_N[i]], [down_N[i]])}h0" for i in dotted)
     line = "".join(f"M{_points(right_N[run], down_N[run])}" + "h0" * (len(run) == 1) for run in runs)
-    name = f'{_own(series.colour)} data-name="{escaped(series.name)}"'
+    name = f'{own(series.colour)} data-name="{escaped(series.name)}"'
     band = _band(series, x, y, height)
     if series.style == "dot":
         return f'{band}<path class="dots" {name} d="{dots}"/>'
     shape = "line" if series.style == "dots" else series.style
-    more = f'<path class="dots" {_own(series.colour)} d="{dots}"/>' if dots else ""
+    more = f'<path class="dots" {own(series.colour)} d="{dots}"/>' if dots else ""
     return f'{band}<path class="{shape}" {name} d="{line}"/>{more}'
 
 
@@ -391,7 +354,7 @@ def _band(series: Series, x: Axis, y: Axis, height: float) -> str:
     right_N = x.share(np.ravel(series.x)) * STEPS_ACROSS
     low_N, high_N = ((1 - y.share(np.ravel(edge))) * height for edge in (series.low, series.high))
     outline = f"M{_points(right_N, high_N)} {_points(right_N[::-1], low_N[::-1])}z"
-    return f'<path class="band" {_own(series.colour)} d="{outline}"/>'
+    return f'<path class="band" {own(series.colour)} d="{outline}"/>'
 
 
 def _runs(known_N: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
@@ -402,7 +365,7 @@ def _runs(known_N: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
 
 def _points(right_N: ArrayLike, down_N: ArrayLike) -> str:
     pairs = zip(np.asarray(right_N).tolist(), np.asarray(down_N).tolist(), strict=True)
-    return " ".join(f"{_n(right)} {_n(down)}" for right, down in pairs)
+    return " ".join(f"{px(right)} {px(down)}" for right, down in pairs)
 
 
 def _cells(here_RC: NDArray[np.bool_]) -> str:
@@ -414,51 +377,20 @@ def _cells(here_RC: NDArray[np.bool_]) -> str:
     return "".join(path)
 
 
-def _bar(row: Bar, x: Axis, middle: float) -> str:
-    start, end = sorted((float(x.share(0.0)), float(x.share(row.value))))
-    parts = [
-        f'<rect class="bar" {_own(row.colour)} x="{100 * start:.2f}%" y="{_n(middle - 9)}" '
-        f'width="{100 * (end - start):.2f}%" height="18"/>',
-        _text(-10, middle + (-2 if row.note else 4), row.name, "end label"),
-        _text(-10, middle + 12, row.note, "end tick"),
-    ]
-    if row.low is not None and row.high is not None:
-        low, high = (f"{100 * float(x.share(edge)):.2f}%" for edge in (row.low, row.high))
-        parts.append(f'<line class="interval" x1="{low}" x2="{high}" y1="{_n(middle)}" y2="{_n(middle)}"/>')
-        end = max(end, float(x.share(row.high)))
-    parts.append(_text(100 * end, middle + 4, number_text(row.value), "label value", "%", shift=6))
-    return "".join(parts)
-
-
 def _grid(x: Axis, y: Axis, height: float) -> list[str]:
     """Horizontal rules with their values, and the axes' names."""
     at_most = min(max(2, int(height / 27)), 8)
     parts = []
     for tick in y.ticks(at_most):
         down = (1 - float(y.share(tick))) * height
-        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{_n(down)}" y2="{_n(down)}"/>')
-        parts.append(_text(-8, down + 4, y.text(tick, at_most), "end tick"))
-    return [*parts, _text(-48, -10, y.title, "title"), *_x_labels(x, height)]
-
-
-def _x_labels(x: Axis, height: float, ticks: int = 6) -> list[str]:
-    parts = [f'<line class="axis" x1="0" x2="100%" y1="{_n(height)}" y2="{_n(height)}"/>']
-    for tick in x.ticks(ticks):
-        right = 100 * float(x.share(tick))
-        parts.append(
-            f'<line class="axis" x1="{right:.2f}%" x2="{right:.2f}%" y1="{_n(height)}" y2="{_n(height + 4)}"/>'
-        )
-        parts.append(_text(right, height + 17, x.text(tick, ticks), "middle tick", "%"))
-    return [*parts, _text(100, height + 31, x.title, "end title", "%")]
-
-
-def _down(share: float, height: float, kind: str) -> str:
-    return f'<line class="{kind}" x1="{100 * share:.2f}%" x2="{100 * share:.2f}%" y1="0" y2="{_n(height)}"/>'
+        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{px(down)}" y2="{px(down)}"/>')
+        parts.append(text_at(-8, down + 4, y.text(tick, at_most), "end tick"))
+    return [*parts, text_at(-48, -10, y.title, "title"), *x_labels(x, height)]
 
 
 def _reference_lines(references: Sequence[Reference], y: Axis, height: float) -> list[str]:
     downs = [(1 - float(y.share(reference.value))) * height for reference in references]
-    return [f'<line class="reference" x1="0" x2="100%" y1="{_n(down)}" y2="{_n(down)}"/>' for down in downs]
+    return [f'<line class="reference" x1="0" x2="100%" y1="{px(down)}" y2="{px(down)}"/>' for down in downs]
 
 
 def _reference_names(references: Sequence[Reference], y: Axis, height: float) -> list[str]:
@@ -469,32 +401,16 @@ def _reference_names(references: Sequence[Reference], y: Axis, height: float) ->
     lowest, parts = height + 14.0, []
     for place, (reference, down) in enumerate(zip(ordered, downs, strict=True)):
         lowest = down + 13 if near and place == 0 else min(down - 5, lowest - 14)
-        parts.append(_text(6, lowest, reference.label, "label halo"))
+        parts.append(text_at(6, lowest, reference.label, "label halo"))
     return parts
 
 
 def _plane(marks: str, height: float) -> str:
     """Marks on a plot STEPS_ACROSS wide, stretched to the width there is."""
-    view = f'viewBox="0 0 {STEPS_ACROSS} {_n(height)}" preserveAspectRatio="none"'
-    return f'<svg class="marks" {view} width="100%" height="{_n(height)}" overflow="visible">{marks}</svg>'
-
-
-def _text(x: float, y: float, text: str, kind: str, unit: str = "", shift: float = 0) -> str:
-    if not text:
-        return ""
-    moved = f' dx="{_n(shift)}"' if shift else ""
-    return f'<text class="{kind}" x="{_n(x)}{unit}" y="{_n(y)}"{moved}>{escaped(text)}</text>'
-
-
-def _own(colour: str) -> str:
-    return f'style="--own:var(--{colour})"'
+    view = f'viewBox="0 0 {STEPS_ACROSS} {px(height)}" preserveAspectRatio="none"'
+    return f'<svg class="marks" {view} width="100%" height="{px(height)}" overflow="visible">{marks}</svg>'
 
 
 def _readout(kind: str, x: Axis, y: Axis) -> dict[str, Any]:
     axes: dict[str, Any] = {"kind": kind, "x": x.limits, "y": y.limits, "xname": x.label, "yname": y.unit or y.label}
     return axes | {"log": y.log, "xlog": x.log, "digits": y.digits, "xdigits": x.digits}
-
-
-def _n(number: float) -> str:
-    """A coordinate: two decimals, without trailing zeros."""
-    return f"{number:.2f}".rstrip("0").rstrip(".") if number else "0"

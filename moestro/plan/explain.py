@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from moestro.core.axes import Axis
-from moestro.core.charts import Bar, bars, standalone_svg
+from moestro.core.bars import Bar, bars
+from moestro.core.charts import standalone_svg
 from moestro.plan.layout import text_of
 from moestro.plan.memory import GIB, Memory
 from moestro.plan.profile import MEMORY_SPREAD, band

@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from moestro.core.axes import number_text
-from moestro.core.charts import chart_script, chart_style, escaped, figure
+from moestro.core.charts import chart_script, chart_style, figure
 from moestro.core.errors import Error
 from moestro.core.events import Event
 from moestro.core.files import write_text
+from moestro.core.svg import escaped
 from moestro.core.units import bytes_text, count_text, duration_text
 from moestro.place.loads import read_loads
 from moestro.train.device import one_thread
 from moestro.train.history import read_history
+from moestro.train.rank_charts import balance_text, rank_charts
 from moestro.train.recipe import ReportSpec
 from moestro.train.report_charts import (
     Run,
@@ -38,7 +40,7 @@ from moestro.train.run_folder import RunFolder
 from moestro.train.samples import open_sampler
 
 LISTED = 20
-"""Resumes and skipped steps told one by one."""
+"""Resumes, skipped steps and new shares told one by one."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Nothing may be fetched from anywhere."""
 
@@ -52,6 +54,7 @@ def write_report(folder: RunFolder) -> Path:
         _section("Learning", "", _grid(map(figure, learning_charts(run)), "first")),
         _experts(run),
         _section("Speed", "", _grid(map(figure, speed_charts(run)), "even")),
+        _ranks(run),
         _samples(run, folder),
         _happenings(run),
         _making(run, folder),
@@ -230,6 +233,11 @@ def _experts(run: Run) -> str:
     return _section("Experts", text + load_limits(run) if maps else "", shades + _grid(maps) + _grid(routing, "even"))
 
 
+def _ranks(run: Run) -> str:
+    charts = rank_charts(run)
+    return _section("Ranks", balance_text(run), _grid(map(figure, charts), "first"))
+
+
 def _samples(run: Run, folder: RunFolder) -> str:
     spec = run.recipe.report
     if not spec.prompts:
@@ -261,7 +269,7 @@ def _continuations(folder: RunFolder, spec: ReportSpec) -> list[str]:
 
 def _happenings(run: Run) -> str:
     chart = timeline_of(run)
-    told = [_told(event) for event in run.history.of_kind("resume", "skipped")]
+    told = [_told(event) for event in run.history.of_kind("resume", "skipped", "shares")]
     more = [f"and {len(told) - LISTED} more"] if len(told) > LISTED else []
     items = "".join(f"<li>{escaped(text)}</li>\n" for text in told[:LISTED] + more)
     listed = f'<ul class="log">\n{items}</ul>\n' if items else ""
@@ -269,9 +277,12 @@ def _happenings(run: Run) -> str:
 
 
 def _told(event: Event) -> str:
-    """A resume or a skipped step in a sentence."""
+    """A resume, a skipped step or a new cut of the batch in a sentence."""
     if event["event"] == "resume":
         return f"{_moment(event['time_s'])}: went on after step {event['step']:,}"
+    if event["event"] == "shares":
+        rows = " ".join(str(rows) for rows in event["rows"])
+        return f"step {event['step']:,}: from here on ranks get {rows} rows of a micro-batch, by measured speed"
     what = f"loss {event['loss']}, gradient norm {event['grad_norm']}; batch: {event['batch']}"
     return f"step {event['step']:,} was not applied: {what}"
 

@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moestro.core.axes import Axis, number_text
+from moestro.core.bars import Bar, bars
 from moestro.core.charts import (
-    Bar,
     Chart,
     Reference,
     Series,
     Shades,
     Style,
-    bars,
     depth_colours,
     heat_map,
     line_chart,

@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 
 from moestro.core.axes import Axis
+from moestro.core.bars import Bar, Stack, bars, stacked_bars
 from moestro.core.charts import (
     STEPS_ACROSS,
-    Bar,
     Chart,
+    Key,
     Reference,
     Series,
     Shades,
-    bars,
     chart_script,
     depth_colours,
-    escaped,
     figure,
     heat_map,
     line_chart,
@@ -27,6 +26,7 @@ from moestro.core.charts import (
     thin,
     timeline,
 )
+from moestro.core.svg import escaped
 
 TEN = Axis(low=0, high=10)
 NASTY = "</text><script>alert('&')</script>"
@@ -100,6 +100,16 @@ def test_stacked_areas_begin_where_the_one_below_ends() -> None:
     below, above = elements(stacked_area("Title", parts, x=TEN, y=TEN, height=100), "area")
     assert points(below) == [(0, 80), (1000, 60), (1000, 100), (0, 100)]
     assert points(above) == [(0, 0), (1000, 0), (1000, 60), (0, 80)]
+
+
+def test_parts_of_a_bar_lie_behind_each_other() -> None:
+    parts = (Key("works", "c0"), Key("waits", "c4"))
+    chart = stacked_bars("Title", [Stack(name="a", values=(2, 3), value="60 %")], parts, x=TEN)
+    works, waits = elements(chart, "bar", "rect")
+    assert (works.get("x"), works.get("width")) == ("0.000%", "20.000%")
+    assert (waits.get("x"), waits.get("width")) == ("20.000%", "30.000%")
+    assert {"a", "60 %"} < set(texts(chart))
+    assert [key.name for key in chart.keys] == ["works", "waits"]
 
 
 def test_a_bar_starts_at_zero_and_its_interval_spans_its_limits() -> None:
