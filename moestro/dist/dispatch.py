@@ -154,7 +154,7 @@ class Hierarchical:
         def compute(chunk: int, arrived: list[Tensor]) -> Tensor:
             if inner is None:
                 return self.inside(arrived[0], Choice(ways[chunk][0], arrived[1]), experts, path)
-            return self.inside.one(*arrived, inner[chunk], experts, path)
+            return self.inside.one(arrived[0], arrived[1], inner[chunk], experts, path)
 
         return joined(in_turns(self.rail, legs, rows, compute))
 

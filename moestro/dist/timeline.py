@@ -143,18 +143,19 @@ def _stamp(cuda: bool) -> Stamp:
 def agree(clock: Clock, mesh: "Mesh") -> list[Spent]:
     """Compare all closed steps with the other ranks; all ranks call it after the same step and get the same."""
     steps, clock.steps = clock.steps, []
-    own_SP = torch.zeros(len(steps), len(PARTS), dtype=torch.float64)
-    own_SP[:, 0] = torch.tensor([step.wall_s for step in steps], dtype=torch.float64)
+    if not steps:
+        return []
+    own_SP = [dict.fromkeys(PARTS, 0.0) | {"compute": step.wall_s} for step in steps]
     axes = sorted({axis for step in steps for axis in step.messages}, key=lambda axis: axis.ranks)
     for axis in axes:  # in one order on all ranks
         taken = [(place, message) for place, step in enumerate(steps) for message in step.messages.get(axis, [])]
         own_N = torch.tensor([message.seconds for _, message in taken], dtype=torch.float64)
         least_N = axis.least(own_N.to(mesh.device)).cpu()
         for (place, message), own_s, least_s in zip(taken, own_N.tolist(), least_N.tolist(), strict=True):
-            own_SP[place, 0] -= own_s
-            own_SP[place, PARTS.index(message.kind)] += least_s
-            own_SP[place, PARTS.index("idle")] += own_s - least_s
+            own_SP[place]["compute"] -= own_s
+            own_SP[place][message.kind] += least_s
+            own_SP[place]["idle"] += own_s - least_s
     second_SWP = torch.zeros(len(steps), mesh.layout.world, len(PARTS), dtype=torch.float64, device=mesh.device)
-    second_SWP[:, mesh.rank] = own_SP.to(mesh.device)
+    second_SWP[:, mesh.rank] = second_SWP.new_tensor([list(own_P.values()) for own_P in own_SP])
     second_SWP = mesh["world"].sum(second_SWP).cpu()
     return [Spent(step.number, second_WP) for step, second_WP in zip(steps, second_SWP, strict=True)]

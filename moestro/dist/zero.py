@@ -65,19 +65,23 @@ def _data_mesh(mesh: Mesh, shape: tuple[int, int, int, int]) -> DeviceMesh:
 class Gather(DefaultAllGather):
     """Gathers shares of weights as torch does; counted and timed as our own messages are."""
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, **how: Any) -> Any:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
         """As in torch."""
         with CLOCK.during("reduction"), _axis(group).message(input_tensor):
-            return super().__call__(output_tensor, input_tensor, group, **how)
+            return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
 class Scatter(DefaultReduceScatter):
     """Sums gradients and leaves each rank its share, as torch does; counted and timed as our own messages are."""
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, **how: Any) -> Any:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work:
         """As in torch."""
         with CLOCK.during("reduction"), _axis(group).message(input_tensor):
-            return super().__call__(output_tensor, input_tensor, group, **how)
+            return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

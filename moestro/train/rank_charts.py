@@ -24,7 +24,7 @@ NAMES = {
     "reduction": "sums of gradients",
     "idle": "waiting for others",
 }
-COLOURS = {"compute": "c0", "exchange": "c1", "reduction": "c2", "idle": "c4"}
+COLOURS = {"compute": "c0", "exchange": "c1", "reduction": "c2", "idle": "axis"}
 MOST_BARS = 16
 """Ranks with a bar of their own."""
 
@@ -96,7 +96,7 @@ def _waiting(run: Run, step_N: Numbers, second_NWP: NDArray[np.float64]) -> Char
         x=run.x,
         rows=[str(rank) for rank in drawn],
         shades=Shades(kind="amount", high=high, label="% of its step time"),
-        row_height=min(max(150 / len(drawn), 4), 30),
+        row_height=min(max(190 / len(drawn), 4), 48),
         row_label="rank",
         note=f"The darkest: {high:.0f} % of its step time. Pale rows are the ones others wait for.",
     )

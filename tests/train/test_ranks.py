@@ -240,6 +240,7 @@ def test_a_whole_run_equals_one_rank_and_evaluates_on_one_machine(make_recipe: M
         pytest.param("2 dist.ep=1", "4 dist.ep=2", marks=pytest.mark.slow),
         pytest.param("4 dist.ep=2", "4 dist.ep=2", marks=pytest.mark.slow),
         pytest.param("4 dist.ep=2 dist.zero=3", "2 dist.ep=2", marks=pytest.mark.slow),
+        pytest.param("2 dist.ep=2 dist.shares=3:1", "2 dist.ep=2 dist.shares=3:1", marks=pytest.mark.slow),
         pytest.param("2 dist.ep=2", "4 dist.ep=2 dist.zero=1", marks=pytest.mark.slow),
         pytest.param("4 dist.ep=2 dist.zero=3", "4 dist.ep=2 dist.zero=3", marks=pytest.mark.slow),
     ],
