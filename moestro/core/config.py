@@ -12,6 +12,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,11 +60,12 @@ def with_overrides(table: Table, overrides: Sequence[str]) -> Table:
 
 
 def parse_value(text: str) -> Any:
-    """'30' -> 30, 'true' -> True, '[1, 2]' -> [1, 2], anything that is not TOML -> the string itself."""
+    """'30' -> 30, 'true' -> True, '[1, 2]' -> [1, 2]; else, and for times like 10:20:30, the string itself."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if isinstance(value, date | time) else value
 
 
 def build(spec_type: type[Spec], table: Mapping[str, Any], where: str = "") -> Spec:

@@ -82,14 +82,7 @@ class AllToAll:
             return y_TD
         sizes = chunk_sizes(len(x_TD), self.chunks)
         legs = self.legs(choice.expert_TK.split(sizes), experts.num_experts)
-        x_CTD, weight_CTK = x_TD.split(sizes), choice.weight_TK.split(sizes)
-        outs = in_turns(
-            self.axis,
-            legs,
-            lambda chunk: self.rows(x_CTD[chunk], weight_CTK[chunk], legs[chunk]),
-            lambda chunk, rows: self.compute(legs[chunk], rows, experts, path),
-        )
-        return joined(outs)
+        return self.carry(x_TD.split(sizes), choice.weight_TK.split(sizes), legs, experts, path)
 
     def legs(self, expert_CTK: Sequence[Tensor], local: int) -> list[Leg]:
         """Where the rows of every chunk go and come from; `local` experts are here."""
@@ -109,22 +102,27 @@ class AllToAll:
         self.traffic.count(self.axis, leg.receive, row_bytes, self.node)  # outputs on their way back
         return [gather_rows(x_TD, leg.order), weight_TK.flatten()[leg.order.source_N]]
 
-    def compute(self, leg: Leg, rows: list[Tensor], experts: AnyExperts, path: Path) -> Tensor:
-        """What experts make of the rows that came, in the order in which they came."""
-        x_MD, weight_M = rows
-        expert_M = expert_of_rows(leg.came_RL, len(x_MD))
-        out_MD: Tensor = experts(x_MD, weight_M[:, None], sort_by_expert(expert_M[:, None], experts.num_experts), path)
-        return out_MD
+    def carry(
+        self,
+        x_CTD: Sequence[Tensor],
+        weight_CTK: Sequence[Tensor],
+        legs: Sequence[Leg],
+        experts: AnyExperts,
+        path: Path,
+    ) -> Tensor:
+        """All chunks there, through the experts, and back."""
 
-    def one(self, x_TD: Tensor, weight_TK: Tensor, leg: Leg, experts: AnyExperts, path: Path) -> Tensor:
-        """A single chunk, there and back, whose leg is known."""
-        back = in_turns(
-            self.axis,
-            [leg],
-            lambda _: self.rows(x_TD, weight_TK, leg),
-            lambda _, rows: self.compute(leg, rows, experts, path),
-        )
-        return joined(back)
+        def compute(chunk: int, rows: list[Tensor]) -> Tensor:
+            x_MD, weight_M = rows
+            expert_M = expert_of_rows(legs[chunk].came_RL, len(x_MD))
+            order = sort_by_expert(expert_M[:, None], experts.num_experts)
+            out_MD: Tensor = experts(x_MD, weight_M[:, None], order, path)
+            return out_MD
+
+        def rows(chunk: int) -> list[Tensor]:
+            return self.rows(x_CTD[chunk], weight_CTK[chunk], legs[chunk])
+
+        return joined(in_turns(self.axis, legs, rows, compute))
 
 
 class Hierarchical:
@@ -154,7 +152,7 @@ class Hierarchical:
         def compute(chunk: int, arrived: list[Tensor]) -> Tensor:
             if inner is None:
                 return self.inside(arrived[0], Choice(ways[chunk][0], arrived[1]), experts, path)
-            return self.inside.one(arrived[0], arrived[1], inner[chunk], experts, path)
+            return self.inside.carry(arrived[:1], arrived[1:], inner[chunk : chunk + 1], experts, path)
 
         return joined(in_turns(self.rail, legs, rows, compute))
 

@@ -29,6 +29,10 @@ class Car:
             raise ConfigError(f"seats is {self.seats}; it must be 1 or more")
 
 
+def test_numbers_with_colons_are_no_time_of_day() -> None:
+    assert with_overrides({}, ["shares=10:20:30"]) == {"shares": "10:20:30"}
+
+
 def test_overrides_reach_into_tables_and_leave_the_original_alone() -> None:
     table = {"wheel": {"radius": 1.0}}
     merged = with_overrides(table, ["wheel.radius=2.5", "seats=4", "colours=['red', 'blue']", "folder=a/b"])
