@@ -145,17 +145,18 @@ def agree(clock: Clock, mesh: "Mesh") -> list[Spent]:
     steps, clock.steps = clock.steps, []
     if not steps:
         return []
-    own_SP = [dict.fromkeys(PARTS, 0.0) | {"compute": step.wall_s} for step in steps]
+    own_SP = torch.zeros(len(steps), len(PARTS), dtype=torch.float64)
+    own_SP[:, 0] = own_SP.new_tensor([step.wall_s for step in steps])
     axes = sorted({axis for step in steps for axis in step.messages}, key=lambda axis: axis.ranks)
     for axis in axes:  # in one order on all ranks
         taken = [(place, message) for place, step in enumerate(steps) for message in step.messages.get(axis, [])]
-        own_N = torch.tensor([message.seconds for _, message in taken], dtype=torch.float64)
+        own_N = own_SP.new_tensor([message.seconds for _, message in taken])
         least_N = axis.least(own_N.to(mesh.device)).cpu()
-        for (place, message), own_s, least_s in zip(taken, own_N.tolist(), least_N.tolist(), strict=True):
-            own_SP[place]["compute"] -= own_s
-            own_SP[place][message.kind] += least_s
-            own_SP[place]["idle"] += own_s - least_s
-    second_SWP = torch.zeros(len(steps), mesh.layout.world, len(PARTS), dtype=torch.float64, device=mesh.device)
-    second_SWP[:, mesh.rank] = second_SWP.new_tensor([list(own_P.values()) for own_P in own_SP])
-    second_SWP = mesh["world"].sum(second_SWP).cpu()
+        step_N = torch.tensor([place for place, _ in taken])
+        part_N = torch.tensor([PARTS.index(message.kind) for _, message in taken])
+        for column, seconds_N in ((0, -own_N), (part_N, least_N), (PARTS.index("idle"), own_N - least_N)):
+            own_SP.view(-1).index_add_(0, step_N * len(PARTS) + column, seconds_N)
+    second_SWP = own_SP.new_zeros(len(steps), mesh.layout.world, len(PARTS))
+    second_SWP[:, mesh.rank] = own_SP
+    second_SWP = mesh["world"].sum(second_SWP.to(mesh.device)).cpu()
     return [Spent(step.number, second_WP) for step, second_WP in zip(steps, second_SWP, strict=True)]
