@@ -20,23 +20,28 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch.distributed.launcher.api  # noqa: F401  # all that runs need is imported once
+
+import moestro.train.loop
+import moestro.train.ranks  # noqa: F401
+from moestro.cli.main import main as main_command
 from moestro.core.config import build, save_toml, with_overrides
 from moestro.core.events import read_events
 from moestro.train.recipe import Recipe
 from moestro.train.run_folder import RunFolder
 
 RANKS = 4
-STEPS_PER_KILL = 10
+STEPS_PER_KILL = 7
 TIMEOUT_S = 15
-PATIENCE_S = 240
+PATIENCE_S = 900
 MESHES = {
     "ep": (["dist.dp_replicate=2", "dist.ep=2"], ["dist.ep=2"]),
     "zero": (["dist.ep=2", "dist.zero=2"], ["dist.ep=1"]),
@@ -58,6 +63,51 @@ class Count:
     resumed: int = 0
     recovery_s: list[float] = field(default_factory=list)
     """From a kill to the next step that is done."""
+
+
+class Command:
+    """`moestro ...` in a fork of this process, which has imported everything already."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.errors, self.returncode = tempfile.NamedTemporaryFile(), None  # noqa: SIM115  # it ends with us
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(arguments)
+
+    def _run(self, arguments: tuple[str, ...]) -> NoReturn:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(self.errors.fileno(), 2)
+            for key in [key for key in os.environ if key.startswith(("RANK", "WORLD", "LOCAL_"))]:
+                del os.environ[key]
+            sys.argv = ["moestro", *arguments]
+            main_command()
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        """The exit status, once it has one."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> int:
+        """Until it ends."""
+        until_s = time.monotonic() + PATIENCE_S
+        while self.poll() is None:
+            assert time.monotonic() < until_s, f"a run does not end: {self.said()}"
+            time.sleep(0.05)
+        assert self.returncode is not None
+        return self.returncode
+
+    def said(self) -> str:
+        """What came on stderr."""
+        return Path(self.errors.name).read_text()
 
 
 class Trial:
@@ -82,12 +132,12 @@ class Trial:
         table["train"] |= {"threads": 1, "evaluate_every": 15, "checkpoint_every": 3, "precision": "fp32"}
         return build(Recipe, with_overrides(table, [f"dist.timeout_s={TIMEOUT_S}"]))
 
-    def begin(self, name: str, *settings: str) -> tuple[RunFolder, "subprocess.Popen[str]"]:
+    def begin(self, name: str, *settings: str) -> tuple[RunFolder, Command]:
         """`moestro train` on 4 ranks."""
         recipe = self.recipe(name)
         save_toml(self.folder / f"{name}.toml", recipe)
         command = ["train", str(self.folder / f"{name}.toml"), f"dist.ranks={RANKS}", *self.four, *settings]
-        return RunFolder(recipe.out), moestro(*command)
+        return RunFolder(recipe.out), Command(*command)
 
     def calm(self) -> RunFolder:
         """The run that nobody disturbs."""
@@ -110,9 +160,7 @@ class Trial:
         self.count.resumed = run.events.read_text().count('"event":"resume"')
         return run
 
-    def strike(
-        self, run: RunFolder, process: "subprocess.Popen[str]", kind: str, rank: int, number: signal.Signals
-    ) -> None:
+    def strike(self, run: RunFolder, process: Command, kind: str, rank: int, number: signal.Signals) -> None:
         """Wait for a moment of this kind, hit a rank, and wait until training goes on."""
         count, before = self.count, newest(run)
         wait_for(process, lambda: len(rank_processes(process.pid)) == RANKS)
@@ -144,26 +192,18 @@ class Trial:
         wait_for(process, lambda: steps_done(run) > self.steps // 3)
         time.sleep(self.dice.random())
         os.kill(rank_processes(process.pid)[self.dice.randrange(RANKS)], signal.SIGKILL)
-        process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == 1, process.returncode
+        status = process.wait()
+        assert status == 1, f"status {status}: {process.said()}"
         plain = ["dist.pp=1", "dist.tp=1", "dist.ep=1", "dist.zero=0", "dist.dp_replicate=1"]
-        ended(moestro("resume", str(run.root), "dist.ranks=2", *plain, *self.two))
+        ended(Command("resume", str(run.root), "dist.ranks=2", *plain, *self.two))
         pairs = zip(curve(run), curve(calm), strict=True)
         return max(abs(one["loss"] / other["loss"] - 1) for one, other in pairs if one["event"] == "step")
 
 
-def moestro(*arguments: str) -> "subprocess.Popen[str]":
-    """The command, without what a launcher above may have set."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
-    command = [sys.executable, "-m", "moestro", *arguments]
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, env=clean, stdout=quiet, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process: "subprocess.Popen[str]") -> None:
+def ended(process: Command) -> None:
     """Wait for a run to end well."""
-    _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, f"status {process.returncode}: {errors}"
+    status = process.wait()
+    assert status == 0, f"status {status}: {process.said()}"
 
 
 def rank_processes(agent: int) -> list[int]:
@@ -203,12 +243,12 @@ def curve(run: RunFolder) -> list[dict[str, Any]]:
     return [{name: event[name] for name in names if name in event} for event in events]
 
 
-def wait_for(process: "subprocess.Popen[str]", what: Callable[[], bool], look_s: float = 0.01) -> None:
+def wait_for(process: Command, what: Callable[[], bool], look_s: float = 0.01) -> None:
     """Look until it is so; raises where the run ends before or nothing happens for minutes."""
     until_s = time.monotonic() + PATIENCE_S
     while not what():
         if process.poll() is not None:
-            raise AssertionError(f"the run ended with status {process.returncode}: {process.communicate()[1]}")
+            raise AssertionError(f"the run ended with status {process.returncode}: {process.said()}")
         if time.monotonic() > until_s:
             raise AssertionError("nothing happens any more")
         time.sleep(look_s)

@@ -291,7 +291,10 @@ def test_low_rank_experts_share_their_base_over_all_ranks(make_recipe: MakeRecip
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("dist.pp=2 train.recompute=true model.moe.router.aux_scope=global", "recompute is true with dist.pp 2"),
+        (
+            "dist.pp=2 train.micro_batches=2 train.recompute=true model.moe.router.aux_scope=global",
+            "recompute is true with dist.pp 2",
+        ),
         ("dist.pp=4 train.micro_batches=2", "micro_batches is 2; it must be at least dist.pp = 4"),
         ("dist.pp=2 train.micro_batches=2 train.sequences=6", "micro_batches is 3; with dist.pp it must be a multiple"),
         ("dist.zero=1 dist.compression=int8", "compression is int8 with dist.zero 1"),
