@@ -40,7 +40,7 @@ from moestro.train.run_folder import RunFolder
 
 RANKS = 4
 STEPS_PER_KILL = 7
-TIMEOUT_S = 15
+TIMEOUT_S = 8
 PATIENCE_S = 900
 MESHES = {
     "ep": (["dist.dp_replicate=2", "dist.ep=2"], ["dist.ep=2"]),

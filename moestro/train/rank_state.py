@@ -43,7 +43,8 @@ class Rememberer(Protocol):
 
 def mesh_facts(layout: Layout, spec: DistSpec) -> dict[str, Any]:
     """What has to be equal for a rank's state to fit."""
-    return asdict(layout) | {name: getattr(spec, name) for name in DECISIVE}
+    sizes = {name: size for name, size in asdict(layout).items() if name != "node"}
+    return sizes | {name: getattr(spec, name) for name in DECISIVE}
 
 
 def written_under(folder: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ KINDS = {
 """Axes of one kind exclude each other."""
 AXES = {name: settings for kind in KINDS.values() for name, settings in kind.items()}
 PAIRS = [pair for one, other in combinations(KINDS.values(), 2) for pair in product(one, other)]
-QUICK = {("pp 1f1b", "zero 3"), ("pp zero_bubble", "ep"), ("zero 2", "hierarchical"), ("zero 3", "expert_tp")}
+QUICK = {("pp 1f1b", "zero 3"), ("pp zero_bubble", "ep"), ("zero 3", "expert_tp")}
 
 
 def recipe_settings(*axes: str) -> tuple[int, list[str]]:

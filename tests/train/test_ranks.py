@@ -107,7 +107,7 @@ def test_under_other_meshes_the_next_steps_are_those_of_never_stopping(
         slow("dist.compression=int8"),
         slow("dist.compression=topk", "dist.layerwise=true"),
         slow("dist.compression=sign", "dist.pp=2", "train.micro_batches=2"),
-        ("dist.compression=powersgd", "dist.dp_replicate=2", "dist.ep=2"),
+        slow("dist.compression=powersgd", "dist.dp_replicate=2", "dist.ep=2"),
         slow("dist.sync=local", "dist.dp_replicate=2", "dist.zero=3"),
         slow("dist.sync=local", "dist.dp_replicate=2", "dist.compression=sign", "dist.sync_after=2"),
         ("dist.sync=diloco", "dist.dp_replicate=2", "dist.compression=int8", "dist.ep=2"),
