@@ -83,12 +83,15 @@ def trained(recipe: Recipe, trainer: Trainer) -> tuple[list[tuple[float, float]]
     """(loss, gradient norm) of some steps, the first step's gradients, and the weights after the last."""
     gradients: dict[str, Tensor] = {}
 
-    def remember(*_: object) -> None:
+    before = trainer.engine.before_update
+
+    def remember() -> None:
         for name, parameter in trainer.model.named_parameters():
             if parameter.grad is not None:
                 gradients.setdefault(name, parameter.grad.clone())
+        before()
 
-    trainer.optimizer.register_step_pre_hook(remember)
+    trainer.engine.before_update = remember  # type: ignore[method-assign]
     results = [trainer.run_step() for _ in range(STEPS)]
     return [(r.loss, r.grad_norm) for r in results], gradients, dict(trainer.model.state_dict())
 
