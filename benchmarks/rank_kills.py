@@ -69,7 +69,9 @@ class Command:
     """`moestro ...` in a fork of this process, which has imported everything already."""
 
     def __init__(self, *arguments: str) -> None:
-        self.errors, self.returncode = tempfile.NamedTemporaryFile(), None  # noqa: SIM115  # it ends with us
+        self.returncode: int | None = None
+        self.errors, path = tempfile.mkstemp()
+        os.unlink(path)
         self.pid = os.fork()
         if self.pid == 0:
             self._run(arguments)
@@ -78,7 +80,8 @@ class Command:
         status = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(self.errors.fileno(), 2)
+            os.dup2(self.errors, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
             for key in [key for key in os.environ if key.startswith(("RANK", "WORLD", "LOCAL_"))]:
                 del os.environ[key]
             sys.argv = ["moestro", *arguments]
@@ -107,7 +110,7 @@ class Command:
 
     def said(self) -> str:
         """What came on stderr."""
-        return Path(self.errors.name).read_text()
+        return os.pread(self.errors, 1 << 20, 0).decode()
 
 
 class Trial:

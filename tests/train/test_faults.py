@@ -26,17 +26,21 @@ kills = load_benchmark("rank_kills")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "message"),
-    [(signal.SIGKILL, "rank 2 was lost"), (signal.SIGSTOP, "rank 2 was lost: no sign of life")],
-    ids=["killed", "stopped"],
+    ("number", "rank", "message"),
+    [
+        (signal.SIGKILL, 2, "rank 2 was lost"),
+        (signal.SIGSTOP, 2, "rank 2 was lost: no sign of life"),
+        (signal.SIGSTOP, 0, "rank 0 was lost: the ranks' common store"),
+    ],
+    ids=["killed", "stopped", "the store's holder stopped"],
 )
-def test_a_lost_rank_is_named(tmp_path: Path, number: signal.Signals, message: str) -> None:
+def test_a_lost_rank_is_named(tmp_path: Path, number: signal.Signals, rank: int, message: str) -> None:
     kills.write_corpus(tmp_path / "corpus")
     (tmp_path / "ep").mkdir()
     run, process = kills.Trial(tmp_path / "ep", "ep", kills=5000, seed=0).begin("run")
     kills.wait_for(process, lambda: kills.steps_done(run) > 3)
     begun_s = time.monotonic()
-    os.kill(kills.rank_processes(process.pid)[2], number)
+    os.kill(kills.rank_processes(process.pid)[rank], number)
     assert process.wait() == 1
     assert message in process.said()
     assert time.monotonic() - begun_s < kills.TIMEOUT_S + 30
