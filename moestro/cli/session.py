@@ -38,9 +38,13 @@ class Interrupt:
         return self.asked
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return self
+
+    def heed_sigterm(self) -> None:
+        """From now on; before, while ranks wait for each other outside Python, it has to end a rank at once."""
+        signal.signal(signal.SIGTERM, self._on_signal)
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -77,9 +81,11 @@ def run_rank(recipe: "Recipe", work: "Work") -> int:
     with Interrupt() as interrupt:
         try:
             engine = enlist(recipe)
-            if engine.leads:
-                return run_leader(recipe, lambda watcher: work(watcher, interrupt, engine))
-            return 0 if work(Silent(), interrupt, engine).finished else STOPPED
+            interrupt.heed_sigterm()
+            with engine.guard():
+                if engine.leads:
+                    return run_leader(recipe, lambda watcher: work(watcher, interrupt, engine))
+                return 0 if work(Silent(), interrupt, engine).finished else STOPPED
         except RankLostError as error:
             if error.ours:
                 print(f"moestro: {error}", file=sys.stderr, flush=True)

@@ -30,8 +30,11 @@ def train(
     checked = load_recipe(recipe, settings or [])
 
     def work(watcher: "Watcher", stop: "Stop", engine: "Engine") -> "Outcome":
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and RunFolder(checked.out).recipe.exists()
-        if again:  # a rank was lost, and all were started anew
+        folder = RunFolder(checked.out)
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # a rank was lost, and all began anew
+        if restarted and engine.first(folder.finished):  # it was lost after the last step
+            return loop.ended(checked.out)
+        if restarted and engine.first(folder.recipe.exists):
             return loop.go_on(checked.out, watcher, stop, engine, checked)
         return loop.start(checked, watcher, stop, engine)
 

@@ -13,7 +13,7 @@ bytes and get the same bits. `methods_by_tensor` is the layer-wise policy: route
 Dimension key:  N numbers   P padded numbers   R ranks   B blocks   K numbers sent
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +40,11 @@ class Compressor(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What it must remember to go on exactly; a restart fills these tensors in place."""
+        """What it must remember to go on exactly."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
         ...
 
 
@@ -58,6 +62,9 @@ class Exact:
     def state(self) -> dict[str, Tensor]:
         """Nothing."""
         return {}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing."""
 
 
 def ring_bytes(payload_bytes: float, ranks: int) -> float:
@@ -85,6 +92,10 @@ class Feedback:
     def state(self) -> dict[str, Tensor]:
         """The residual."""
         return {} if self.residual_N is None else {"residual": self.residual_N}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Compressor`."""
+        self.residual_N = tensors.get("residual")
 
 
 Encode = Callable[[Tensor], list[Tensor]]
@@ -117,6 +128,11 @@ class TwoPhase:
     def state(self) -> dict[str, Tensor]:
         """See `Compressor`."""
         return self.feedback.state() if self.feedback else {}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Compressor`."""
+        if self.feedback:
+            self.feedback.load(tensors)
 
 
 def cast(dtype: torch.dtype) -> tuple[Encode, Decode]:
@@ -180,6 +196,10 @@ class Gathered:
         """See `Compressor`."""
         return self.feedback.state()
 
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Compressor`."""
+        self.feedback.load(tensors)
+
 
 class TopK(Gathered):
     """The largest numbers only."""
@@ -231,8 +251,18 @@ class PowerSGD:
         return mean_N * self.axis.size
 
     def state(self) -> dict[str, Tensor]:
-        """Its memory is not kept: after a restart it warms up again."""
-        return {}
+        """Steps so far, and of its one bucket: what is owed, and the thin factors it starts the next step from."""
+        memories = {"error": self.hook.error_dict, "p": self.hook.p_memory_dict, "q": self.hook.q_memory_dict}
+        known = {name: memory[0] for name, memory in memories.items() if 0 in memory}
+        return known | {"iter": torch.tensor(self.hook.iter)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Compressor`."""
+        memories = {"error": self.hook.error_dict, "p": self.hook.p_memory_dict, "q": self.hook.q_memory_dict}
+        for name, memory in memories.items():
+            if name in tensors:
+                memory[0] = tensors[name].clone()
+        self.hook.iter = int(tensors["iter"])
 
 
 def _low_rank_numbers(shape: torch.Size, rank: int) -> int:
@@ -262,6 +292,12 @@ class _Bucket:
         return True
 
 
+def below(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors called <name>.<key>, by key."""
+    start = f"{name}."
+    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+
+
 def make(method: str, spec: DistSpec, axis: Axis) -> Compressor:
     """A compressor for one bucket."""
     made: dict[str, Callable[[], Any]] = {
@@ -277,13 +313,13 @@ def make(method: str, spec: DistSpec, axis: Axis) -> Compressor:
     return compressor
 
 
-def methods_by_tensor(sizes: dict[str, int], spec: DistSpec) -> dict[str, str]:
+def methods_by_tensor(sizes: dict[str, int], spec: DistSpec, also_exact: Collection[str] = ()) -> dict[str, str]:
     """Which method each parameter gets, by its name and size.
 
     Routers, norms and biases are exact. With `layerwise` only the largest tensors get the method asked for, smaller ones
     int8: few bytes are saved there, and they hold what all tokens pass through.
     """
-    exact = {name for name in sizes if ".router." in name or "norm" in name or name.endswith("bias")}
+    exact = {name for name in sizes if name in also_exact or ".router." in name or "norm" in name or name.endswith("bias")}
     free = sorted((name for name in sizes if name not in exact), key=lambda name: (-sizes[name], name))
     methods = dict.fromkeys(exact, "none") | dict.fromkeys(free, spec.compression)
     if spec.layerwise and spec.compression != "none":

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from moestro.core.errors import ConfigError
 from moestro.dist.spec import DistSpec
 
-AXES = ("pp", "dp_replicate", "dp_shard", "tp", "dp", "ep", "ep_node", "ep_rail", "edp", "edp_shard", "stage", "copy", "ends", "world")
-"""dp: replicate x shard. edp: ranks with the same experts; edp_shard: those of one copy. stage: all of one pp stage. copy: all with one place on dp_replicate.
+AXES = ("pp", "dp_replicate", "dp_shard", "tp", "dp", "ep", "ep_node", "ep_rail", "edp", "edp_shard", "stage", "stage_copy", "copy", "ends", "world")
+"""dp: replicate x shard. edp: ranks with the same experts; edp_shard: those of one copy. stage: all of one pp stage; stage_copy: those of one copy. copy: all with one place on dp_replicate.
 ends: the first and the last rank of a pipeline, which share a tied embedding. ep_node: the part of ep on one node; ep_rail: ranks in the same place on each of ep's nodes."""
 
 
@@ -93,6 +93,8 @@ class Layout:
                 return _along(expert, 2)
             case "stage":
                 return _along(dense, 1, 2, 3)
+            case "stage_copy":
+                return _along(dense, 2, 3)
             case "copy":
                 return _along(dense, 0, 2, 3)
             case "ends":

@@ -97,7 +97,8 @@ class Stage(nn.Module):
             x_BSD, record = self.model[0].run_block(block, x_BSD, None)
             if record is not None:
                 self.seen[layer].append(record)
-                if torch.is_grad_enabled():
+                if torch.is_grad_enabled() and isinstance(block.feed_forward, MoE):
+                    block.feed_forward.router.count_micro_batch(record)
                     attached: Tensor = _Attach.apply(x_BSD, record.loss, self.weight)
                     x_BSD = attached
         return x_BSD.clone()  # zero-bubble schedules detach it in place, which a view does not allow

@@ -3,7 +3,8 @@
     backward -> GradientSum() -> gradients of the whole batch -> total_norm -> clip
 
 Losses are a rank's sum over the tokens of all, so gradients only ever add up. Gradients of one group of ranks travel
-together in flat buckets, in the order of parameters: few messages, and the same sums in every run.
+together in flat buckets, in the order of parameters: few messages, and the same sums in every run. A bucket holds
+weights that have copies on the same ranks, which so compress the same numbers and stay equal to the bit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moestro.dist.compression import Compressor, make, methods_by_tensor
+from moestro.dist.compression import Compressor, below, make, methods_by_tensor
 from moestro.dist.mesh import Mesh
 from moestro.dist.shard import Parts, held_rows, local
 from moestro.dist.spec import DistSpec
@@ -36,16 +37,16 @@ class GradientSum:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Parts, mesh: Mesh, spec: DistSpec) -> None:
         methods = methods_by_tensor({name: parameter.numel() for name, parameter in parameters.items()}, spec)
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
         for name, parameter in parameters.items():
             over = parts[name].sum_over
-            if isinstance(parameter, DTensor):  # fully_shard sums over dp and edp, not over tp
-                over = "tp" if over == "stage" else ""
+            if isinstance(parameter, DTensor):  # fully_shard sums over dp and edp, not over tp or between copies
+                over = {"stage": "tp", "stage_copy": "tp", "dp_replicate": "dp_replicate"}.get(over, "")
             if over and mesh[over].size > 1:
-                groups.setdefault((over, methods[name]), []).append(name)
+                groups.setdefault((over, methods[name], parts[name].same_on), []).append(name)
         self.buckets = [
             Bucket(names, [parameters[name] for name in names], make(method, spec, mesh[axis]))
-            for (axis, method), members in groups.items()
+            for (axis, method, _), members in groups.items()
             for names in buckets_of({name: parameters[name].numel() * 4 for name in members}, BUCKET_BYTES)
         ]
 
@@ -73,6 +74,11 @@ class GradientSum:
             for bucket in self.buckets
             for key, tensor in bucket.compressor.state().items()
         }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let compressors go on from what `state` gave."""
+        for bucket in self.buckets:
+            bucket.compressor.load(below(bucket.names[0], tensors))
 
 
 def buckets_of(size_bytes: Mapping[str, int], most_bytes: int) -> Iterator[list[str]]:

@@ -83,9 +83,8 @@ def cut(model: Decoder, mesh: Mesh, spec: DistSpec) -> Parts:
 
 def inside_copy(held: Held) -> Held:
     """The same part where copies learn apart: gradients are summed inside each."""
-    if held.sum_over == "stage":
-        raise ConfigError("dist.sync other than step goes with neither dist.tp and qk_norm nor low_rank experts")
-    return replace(held, sum_over={"dp": "dp_shard", "edp": "edp_shard"}[held.sum_over])
+    inner = {"dp": "dp_shard", "edp": "edp_shard", "stage": "stage_copy"}
+    return replace(held, sum_over=inner[held.sum_over])
 
 
 def cut_columns(module: nn.Module, axis: Axis) -> Parts:

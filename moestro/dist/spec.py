@@ -57,7 +57,7 @@ class DistSpec:
     staleness: int = 1
     """stale, hybrid: steps that no copy runs ahead of the others."""
     compression: Literal["none", "bf16", "fp16", "int8", "topk", "sign", "powersgd"] = "none"
-    """How gradients are summed, see `dist/compression.py`; not with zero > 0."""
+    """How gradients are summed, see `dist/compression.py`; with zero > 0 only for sync local and diloco."""
     density: float = 0.01
     """topk: share of the numbers that are sent."""
     powersgd_rank: int = 4
@@ -77,18 +77,15 @@ class DistSpec:
                 raise ConfigError(f"dist.{name} is {getattr(self, name)}; it must be 1 or more")
         if not 0 < self.density <= 1:
             raise ConfigError(f"dist.density is {self.density}; it must be above 0 and at most 1")
-        if self.compression != "none" and self.zero:
+        if self.compression != "none" and self.zero and self.sync not in ("local", "diloco"):
             raise ConfigError(
                 f"dist.compression is {self.compression} with dist.zero {self.zero}, whose sums torch makes; "
-                "choose dist.zero=0 or dist.compression=none"
+                "choose dist.zero=0, dist.compression=none, or dist.sync=local or diloco, which compress changes of weights"
             )
-        if self.sync != "step" and (self.dp_replicate < 2 or self.zero or self.pp > 1):
-            raise ConfigError(
-                f"dist.sync is {self.sync} with dp_replicate {self.dp_replicate}, zero {self.zero}, pp {self.pp}; "
-                "it needs 2 or more copies, zero=0 and pp=1"
-            )
-        if self.sync == "hybrid" and self.dp_shard == 1:
-            raise ConfigError("dist.sync is hybrid with dp_shard 1: a copy is one rank; use dist.sync=stale")
+        if self.sync != "step" and self.dp_replicate < 2:
+            raise ConfigError(f"dist.sync is {self.sync} with dp_replicate {self.dp_replicate}; it needs 2 or more copies")
+        if self.sync == "hybrid" and self.dp_shard == self.tp == self.pp == 1:
+            raise ConfigError("dist.sync is hybrid with dp_shard, tp and pp 1: a copy is one rank; use dist.sync=stale")
         if self.timeout_s <= 0:
             raise ConfigError(f"dist.timeout_s is {self.timeout_s}; it must be above 0")
         _ = self.share_weights

@@ -12,13 +12,15 @@ A copy is all ranks with one place on dp_replicate. What travels between copies 
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moestro.dist.compression import make, methods_by_tensor
+from moestro.dist.compression import Compressor, below, make, methods_by_tensor
 from moestro.dist.mesh import Axis, Pending
+from moestro.dist.shard import Parts, local
 from moestro.dist.spec import DistSpec
 
 
@@ -42,50 +44,97 @@ class Synchroniser(Protocol):
         """Make all copies equal now; on all ranks at the same step."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """What it must remember to go on exactly, after a meeting."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        ...
+
+
+@dataclass(slots=True)
+class _Group:
+    """Weights that travel together."""
+
+    members: list[nn.Parameter]
+    compressor: Compressor
+    anchor: Tensor
+    """The weights of the last meeting."""
+    velocity: Tensor
+
+    @classmethod
+    def of(cls, members: list[nn.Parameter], compressor: Compressor) -> "_Group":
+        """From here on."""
+        return cls(members, compressor, _flat(members), torch.zeros_like(_flat(members)))
+
 
 class Periodic:
-    """local and diloco: an outer step every `sync_every` steps; local has rate 1 and no momentum."""
+    """local and diloco: an outer step every `sync_every` steps; local has rate 1 and no momentum.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], axis: Axis, spec: DistSpec) -> None:
-        self.axis, self.spec = axis, spec
+    Only weights that the same ranks of a copy hold are compressed together: they all decode the same.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Parts, axis: Axis, spec: DistSpec) -> None:
+        self.axis, self.spec, self.moved = axis, spec, False
         self.rate, self.momentum = (spec.outer_lr, spec.outer_momentum) if spec.sync == "diloco" else (1.0, 0.0)
-        methods = methods_by_tensor({name: parameter.numel() for name, parameter in parameters.items()}, spec)
+        tied = [name for name in parameters if "ends" in parts[name].same_on]  # both choose a method from other sizes
+        methods = methods_by_tensor({name: parameter.numel() for name, parameter in parameters.items()}, spec, tied)
+        names: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for name in parameters:
+            names.setdefault((methods[name], parts[name].same_on), []).append(name)
         self.groups = {
-            method: [parameters[name] for name in parameters if methods[name] == method]
-            for method in sorted(set(methods.values()))
+            members[0]: _Group.of([parameters[name] for name in members], make(method, spec, axis))
+            for (method, _), members in names.items()
         }
-        self.compressors = {method: make(method, spec, axis) for method in self.groups}
-        self.anchors = {method: _flat(members) for method, members in self.groups.items()}
-        self.velocity = {method: torch.zeros_like(anchor) for method, anchor in self.anchors.items()}
 
     @property
     def sent_bytes(self) -> float:
         """See `Synchroniser`."""
-        return sum(compressor.sent_bytes for compressor in self.compressors.values())
+        return sum(group.compressor.sent_bytes for group in self.groups.values())
 
     def before_step(self) -> None:
         """Nothing to do."""
 
     def after_step(self, steps_done: int) -> None:
         """See `Synchroniser`."""
-        if steps_done <= self.spec.sync_after:  # gradients were summed: the copies are equal
-            self.anchors = {method: _flat(members) for method, members in self.groups.items()}
+        self.moved = steps_done > self.spec.sync_after
+        if not self.moved:  # gradients were summed: the copies are equal
+            for group in self.groups.values():
+                group.anchor = _flat(group.members)
         elif steps_done % self.spec.sync_every == 0:
             self._outer_step()
 
     @torch.no_grad()
     def _outer_step(self) -> None:
-        for method, members in self.groups.items():
-            anchor, velocity = self.anchors[method], self.velocity[method]
-            change = anchor - _flat(members)
-            shapes = [member.shape for member in members]
-            gradient = self.compressors[method].sum(change, shapes) / self.axis.size
-            velocity.mul_(self.momentum).add_(gradient)
-            anchor.sub_(self.rate * (gradient + self.momentum * velocity))
-            _fill(members, anchor)
+        self.moved = False
+        for group in self.groups.values():
+            change = group.anchor - _flat(group.members)
+            shapes = [local(member.detach()).shape for member in group.members]
+            gradient = group.compressor.sum(change, shapes) / self.axis.size
+            group.velocity.mul_(self.momentum).add_(gradient)
+            group.anchor.sub_(self.rate * (gradient + self.momentum * group.velocity))
+            _fill(group.members, group.anchor)
 
     def meet(self) -> None:
-        """They met at the last outer step."""
+        """They met at the last outer step, unless the run ends between two."""
+        if self.moved:
+            self._outer_step()
+
+    def state(self) -> dict[str, Tensor]:
+        """The outer momentum, and what compressors owe; anchors are the weights."""
+        found: dict[str, Tensor] = {}
+        for name, group in self.groups.items():
+            found |= {f"{name}.{key}": value for key, value in group.compressor.state().items()}
+            found |= {f"{name}.velocity": group.velocity} if self.momentum else {}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Synchroniser`."""
+        for name, group in self.groups.items():
+            mine = below(name, tensors)
+            group.velocity = mine.pop("velocity", group.velocity)
+            group.compressor.load(mine)
 
 
 class BoundedStaleness:
@@ -126,13 +175,22 @@ class BoundedStaleness:
         self._take(0)
         _fill(self.members, self.axis.sum(_flat(self.members)) / self.axis.size)
 
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: no update is under way after a meeting."""
+        return {}
 
-def make_synchroniser(parameters: Mapping[str, nn.Parameter], axis: Axis, spec: DistSpec) -> Synchroniser | None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing."""
+
+
+def make_synchroniser(
+    parameters: Mapping[str, nn.Parameter], parts: Parts, axis: Axis, spec: DistSpec
+) -> Synchroniser | None:
     """What the recipe asks for; None where every step is synchronous."""
     if spec.sync == "step" or axis.size == 1:
         return None
     if spec.sync in ("local", "diloco"):
-        return Periodic(parameters, axis, spec)
+        return Periodic(parameters, parts, axis, spec)
     return BoundedStaleness(parameters, axis, spec)
 
 
@@ -145,9 +203,10 @@ def average(tensors: list[Tensor], axis: Axis) -> None:
 
 
 def _flat(members: list[nn.Parameter]) -> Tensor:
-    return torch.cat([member.detach().flatten() for member in members])
+    return torch.cat([local(member.detach()).flatten() for member in members])
 
 
 def _fill(members: list[nn.Parameter], flat: Tensor) -> None:
-    for member, part in zip(members, flat.split([member.numel() for member in members]), strict=True):
-        member.data.copy_(part.view_as(member))
+    here = [local(member.detach()) for member in members]
+    for tensor, part in zip(here, flat.split([tensor.numel() for tensor in here]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -23,6 +23,8 @@ from moestro.core.errors import RankLostError
 from moestro.dist.mesh import PULSE
 
 BEAT_S = 0.5
+ANSWER_S = 10.0
+"""After so long without an answer from the store, rank 0, which holds it, is the one that was lost."""
 SIGNS = ("gloo", "connection", "nccl", "timed out", "socket", "store", "broken pipe")
 """Words by which an error of the network is told from others."""
 
@@ -50,6 +52,7 @@ class Watch:
             timeout=timedelta(seconds=10),
         )
         self.stopped = threading.Event()
+        self.keeper: Sign | None = None
         self.scope = f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._write(0)
         threading.Thread(target=self._beat, daemon=True).start()
@@ -60,6 +63,8 @@ class Watch:
             number += 1
             try:
                 self._write(number)
+                if self.keeper is None:
+                    self.keeper = self._read(1).get(0)
             except RuntimeError:  # the store has gone, and with it the run
                 return
 
@@ -87,10 +92,22 @@ class Watch:
 
     def verdict(self) -> tuple[str, bool]:
         """Who was lost, and whether we are the first to say so; lost ranks of this machine are killed for good."""
+        found: list[tuple[str, bool]] = []
+        asking = threading.Thread(target=lambda: found.append(self._ask()), daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        if found:
+            return found[0]
+        if self.rank == 1 and self.keeper:
+            _kill(self.keeper)
+        return "rank 0 was lost: the ranks' common store, which it holds, does not answer", self.rank == 1
+
+    def _ask(self) -> tuple[str, bool]:
+        """The verdict where the store answers."""
         try:
-            before = self._read()
+            before = self._read(self.ranks)
             time.sleep(4 * BEAT_S)
-            after = self._read()
+            after = self._read(self.ranks)
             lost, text = judge(before, after)
             agreed = self.store.compare_set(f"{self.scope}/verdict", "", f"{self.rank} {text}").decode()
         except RuntimeError:
@@ -101,9 +118,9 @@ class Watch:
                 _kill(after[rank])
         return text, author == str(self.rank)
 
-    def _read(self) -> dict[int, Sign]:
-        """The last sign of life of every rank that has begun."""
-        keys = {rank: f"{self.scope}/{rank}" for rank in range(self.ranks)}
+    def _read(self, ranks: int) -> dict[int, Sign]:
+        """The last sign of life of every rank that has begun, of the first so many."""
+        keys = {rank: f"{self.scope}/{rank}" for rank in range(ranks)}
         found = {rank: self.store.get(key).decode().split() for rank, key in keys.items() if self.store.check([key])}
         return {rank: Sign(int(beats), int(entered), host, int(pid)) for rank, (beats, entered, host, pid) in found.items()}
 

@@ -113,8 +113,8 @@ class Engine(Protocol):
         """Write a checkpoint, at once or while training goes on; `done` is called when it is there."""
         ...
 
-    def restore(self, folder: Path, trainer: "Trainer") -> int:
-        """Go back to a checkpoint; returns the steps done."""
+    def restore(self, folder: Path, trainer: "Trainer") -> tuple[int, str]:
+        """Go back to a checkpoint; returns the steps done, and for people what could not be taken over."""
         ...
 
 
@@ -197,9 +197,9 @@ class OneRank:
         checkpoint.save_model(folder, trainer.model, tokenizer, state)
         done()
 
-    def restore(self, folder: Path, trainer: "Trainer") -> int:
-        """See `Engine`."""
-        return checkpoint.restore(folder, trainer.model, trainer.optimizer, trainer.memory)
+    def restore(self, folder: Path, trainer: "Trainer") -> tuple[int, str]:
+        """See `Engine`; what ranks remember of each other has no place on one."""
+        return checkpoint.restore(folder, trainer.model, trainer.optimizer, trainer.memory), ""
 
 
 def learn_in_turn(trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:

@@ -10,14 +10,14 @@ one must succeed.
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moestro.core.errors import CheckpointError, StorageError, TrainingError
-from moestro.core.events import EventLog
+from moestro.core.events import EventLog, read_events
 from moestro.core.units import bytes_text, count_text
 from moestro.place.loads import LoadWriter
 from moestro.train import checkpoint
@@ -69,7 +69,7 @@ def start(
         if engine.leads:
             folder.recipe.unlink(missing_ok=True)  # nothing has begun: leave the folder free for another try
         raise
-    with _Session(folder, trainer, data, watcher) as session, engine.guard():
+    with _Session(folder, trainer, data, watcher) as session:
         session.begin("started")
         return session.run(stop)
 
@@ -98,10 +98,20 @@ def go_on(
         found = engine.first(lambda: checkpoint.find_checkpoint(root))
         if found != newest:
             watcher.say(f"{newest.name} is damaged; going on from {found.name}")
-        trainer.restore(found)
-    with _Session(folder, trainer, data, watcher) as session, engine.guard():
+        if left := trainer.restore(found):
+            watcher.say(left)
+    with _Session(folder, trainer, data, watcher) as session:
         session.begin("resume")
         return session.run(stop)
+
+
+def ended(root: Path) -> Outcome:
+    """What a finished run came to, from its log."""
+    events = read_events(RunFolder(root).events)
+    measured = next(event for event in reversed(events) if event["event"] == "evaluation")
+    last = next(event for event in reversed(events) if event["event"] == "finished")
+    evaluation = Evaluation(**{fact.name: measured[fact.name] for fact in fields(Evaluation)})
+    return Outcome(RunFolder(root), last["step"], True, last["seconds"], evaluation, last["compressors"])
 
 
 class _Session:

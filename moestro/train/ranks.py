@@ -36,6 +36,17 @@ from moestro.train.checkpoint import verify
 from moestro.train.device import pick_device
 from moestro.train.engine import Done, Engine, OneRank, learn_in_turn
 from moestro.train.ledger import EVERY, Ledger, News
+from moestro.train.rank_state import (
+    KIND,
+    Rememberer,
+    left_behind,
+    mesh_facts,
+    own_parts,
+    take_back,
+    take_back_moments,
+    whole_part,
+    written_under,
+)
 from moestro.train.recipe import Recipe
 from moestro.train.saving import Saving
 from moestro.train.shards import Part, Shards
@@ -45,7 +56,7 @@ if TYPE_CHECKING:
     from moestro.train.trainer import StepResult, Trainer
 
 T = TypeVar("T")
-KINDS = ("model", "optimizer", "state")
+KINDS = ("model", "optimizer", "state", KIND)
 
 
 def enlist(recipe: Recipe) -> Engine:
@@ -92,16 +103,20 @@ def check_pipeline(recipe: Recipe, layout: Layout, rows: int) -> None:
             f"train.sequences / train.micro_batches is {rows}; with dist.pp it must be a multiple of {layout.dp}, "
             "the parts of the batch: a pipeline moves equal pieces"
         )
+    if train.micro_batches < layout.pp:
+        raise ConfigError(
+            f"train.micro_batches is {train.micro_batches}; it must be at least dist.pp = {layout.pp}, "
+            "so that every stage has one to work on"
+        )
     if recipe.dist.schedule != "1f1b" and recipe.train.micro_batches % layout.pp:
         raise ConfigError(
             f"train.micro_batches is {recipe.train.micro_batches}; for dist.schedule {recipe.dist.schedule} it must be "
             f"a multiple of dist.pp = {layout.pp}"
         )
-    router = recipe.model.moe.router if recipe.model.moe else None
-    if recipe.dist.zero or (router and router.aux_scope == "global"):
+    if train.recompute and recipe.model.moe and recipe.model.moe.router.aux_scope == "global":
         raise ConfigError(
-            f"dist.zero is {recipe.dist.zero} with dist.pp {layout.pp}; a pipeline goes with dist.zero=0, and with "
-            "model.moe.router.aux_scope batch or sequence"
+            f"train.recompute is true with dist.pp {layout.pp} and model.moe.router.aux_scope global: a block that is "
+            "computed again later in the pipeline would see other loads; set train.recompute=false or aux_scope=batch"
         )
 
 
@@ -147,13 +162,13 @@ class Ranks:
         if self.mesh["pp"].size > 1:
             self.pipeline = Pipeline(model, self.spec, self.mesh["pp"], self.length)
             if spec.tied_head and isinstance(model.embedding, nn.Embedding):
-                self.tied = dict(model.named_parameters())["embedding.weight"]
                 self.parts["embedding.weight"] = replace(self.parts["embedding.weight"], same_on=("dp", "tp", "ends"))
-        self.sharded = shard(model, self.mesh, self.spec.zero) if self.spec.zero else []
+        self.sharded = shard(model, self.mesh, self.spec, self.pipeline) if self.spec.zero else []
         self.parameters, self.buffers = dict(model.named_parameters()), list(model.buffers())
+        self.tied = self.parameters["embedding.weight"] if "ends" in self.parts["embedding.weight"].same_on else None
         inside = replace(self.spec, compression="none") if self.apart else self.spec
         self.sum_gradients = GradientSum(self.parameters, self.parts, self.mesh, inside)
-        self.synchroniser = make_synchroniser(self.parameters, self.mesh["dp_replicate"], self.spec)
+        self.synchroniser = self._synchroniser()
         between = {name: replace(held, sum_over="dp_replicate") for name, held in self.parts.items()}
         self.sum_copies = GradientSum(self.parameters, between, self.mesh, inside) if self.synchroniser else None
 
@@ -187,11 +202,14 @@ class Ranks:
     def finish_gradients(self) -> float:
         """See `Engine`."""
         self.sum_gradients()
+        if self.tied is not None and self.tied.grad is not None:  # on the first and on the last rank of the pipeline
+            grad = local(self.tied.grad)
+            grad.copy_(self.mesh["ends"].sum(grad))
         if self.sum_copies and self.steps < self.spec.sync_after:  # post-local: synchronous at first
             self.sum_copies()
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
-                    parameter.grad /= self.mesh["dp_replicate"].size
+                    local(parameter.grad).div_(self.mesh["dp_replicate"].size)
         return float(total_norm(self.parameters, self.parts, self.mesh, self.apart))
 
     def before_update(self) -> None:
@@ -231,8 +249,6 @@ class Ranks:
         with trainer.autocast():
             result.loss, seen = self.pipeline.learn(token_BS, len(parts), rows[0][1])
         result.backward_s = time.perf_counter() - begun_s
-        if self.tied is not None and self.tied.grad is not None:  # on the first and on the last rank of the pipeline
-            self.tied.grad.copy_(self.mesh["ends"].sum(self.tied.grad))
         return [merge(records) for records in seen.values()]
 
     def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
@@ -292,10 +308,13 @@ class Ranks:
 
     def save(self, folder: Path, trainer: "Trainer", tokenizer: Tokenizer, done: Done, wait: bool) -> None:
         """Every rank writes its files aside; when all have, the leader adds the manifest and renames."""
-        if self.saving is not None:
+        if (under_way := self.saving) is not None:
             self._commit()
+            if under_way.folder == folder:  # asked to stop while this very checkpoint was being written
+                return
         saving = Saving(folder, trainer.step)
-        self.first(lambda: saving.begin(trainer.model, tokenizer))
+        facts = mesh_facts(self.mesh.layout, self.spec)
+        self.first(lambda: saving.begin(trainer.model, tokenizer, facts))
         saving.start(self.mesh.rank, dict(zip(KINDS, self._contents(trainer), strict=True)))
         self.saving, self.done = saving, done
         if wait:
@@ -322,12 +341,17 @@ class Ranks:
             for key, value in trainer.optimizer.state.get(parameter, {}).items()
             for part in self._own(f"{key}.{name}", name, value)
         ]
-        writes = self.mesh["tp"].index == 0 and self.mesh["pp"].index == 0
-        name = "random" if self.split.index == 0 else f"random.{self.split.index}"
-        state = [_whole_part(name, torch.get_rng_state())] if writes else []
+        state = [whole_part("random", torch.get_rng_state())] if self.leads else []
         if self.leads and (row_P := self.shares.state()):
-            state.append(_whole_part("shares", torch.tensor(row_P)))
+            state.append(whole_part("shares", torch.tensor(row_P)))
         yield state
+        moments = {
+            f"{key}.{name}": value
+            for name, parameter in self.parameters.items()
+            for key, value in trainer.optimizer.state.get(parameter, {}).items()
+        }
+        others = moments if self.apart and self.mesh["dp_replicate"].index else {}
+        yield list(own_parts(self.mesh.rank, self.remembered, others, self.mesh.device))
 
     def _own(self, name: str, place: str, tensor: Tensor) -> list[Part]:
         """The parts of a tensor that this rank writes; `place` is the parameter that says where they belong."""
@@ -339,12 +363,12 @@ class Ranks:
         return [(key, held.shape, box, part) for key, box, part in pieces(name, tensor, held)]
 
     @torch.no_grad()
-    def restore(self, folder: Path, trainer: "Trainer") -> int:
+    def restore(self, folder: Path, trainer: "Trainer") -> tuple[int, str]:
         """Read what this rank holds, whatever mesh wrote it."""
         manifest = self.first(lambda: dict(verify(folder)))
         if not isinstance(manifest.get("step"), int):
             raise CheckpointError(f"{folder} has no optimiser state; start from it with train.init={folder}")
-        model, moments, state = (Shards(folder, kind) for kind in KINDS)
+        model, moments = Shards(folder, "model"), Shards(folder, "optimizer")
         for name, tensor in trainer.model.state_dict().items():
             self._read(model, name, name, tensor)
         for name, parameter in self.parameters.items():
@@ -354,16 +378,31 @@ class Ranks:
                 self._read(moments, f"{kind}.{name}", name, value)
             if entries:
                 trainer.optimizer.state[parameter] = entries
-        mine = "random" if self.split.index == 0 else f"random.{self.split.index}"
-        if mine in state.shapes:
-            torch.set_rng_state(state.read(mine))
-        else:  # fewer ranks wrote it
-            torch.manual_seed(trainer.recipe.seed + manifest["step"] * self.split.size + self.split.index)
+        state = Shards(folder, "state")
         if "shares" in state.shapes:
             self.shares.restore(state.read("shares").tolist())
         self.steps = int(manifest["step"])
-        self.synchroniser = make_synchroniser(self.parameters, self.mesh["dp_replicate"], self.spec)
-        return self.steps
+        self.synchroniser = self._synchroniser()
+        return self.steps, self._remember(folder, trainer)
+
+    def _remember(self, folder: Path, trainer: "Trainer") -> str:
+        """Take back what this very rank remembered; returns what another mesh's ranks did, see `rank_state`."""
+        written, facts = written_under(folder), mesh_facts(self.mesh.layout, self.spec)
+        own = Shards(folder, KINDS[-1]) if written else None
+        if own is None or written != facts:
+            torch.manual_seed(trainer.recipe.seed + self.steps * self.split.size + self.split.index)
+            return left_behind(own, written, facts) if own else ""
+        take_back(own, self.mesh.rank, self.remembered, self.mesh.device)
+        take_back_moments(own, self.mesh.rank, self.parameters, trainer.optimizer.state)
+        return ""
+
+    @property
+    def remembered(self) -> dict[str, Rememberer | None]:
+        """Who has state beside the model."""
+        return {"gradients": self.sum_gradients, "updates": self.synchroniser}
+
+    def _synchroniser(self) -> Synchroniser | None:
+        return make_synchroniser(self.parameters, self.parts, self.mesh["dp_replicate"], self.spec)
 
     def _read(self, shards: Shards, name: str, place: str, tensor: Tensor) -> None:
         """Fill a tensor with its boxes."""
@@ -401,7 +440,3 @@ def _with_numbers(record: RoutingRecord, flat: Tensor) -> RoutingRecord:
 def _like(parameter: nn.Parameter, shape: tuple[int, ...]) -> Tensor:
     """Room for one moment: sharded as its parameter is, or a number."""
     return torch.zeros_like(parameter) if shape else torch.zeros((), device=parameter.device)
-
-
-def _whole_part(name: str, tensor: Tensor) -> Part:
-    return name, tuple(tensor.shape), tuple((0, size) for size in tensor.shape), tensor

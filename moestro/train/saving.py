@@ -10,8 +10,10 @@ collectives on the group that training uses hang or crash on gloo.)
 import json
 import shutil
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moestro.core.config import to_table
 from moestro.core.errors import CheckpointError, Error, StorageError
@@ -19,6 +21,7 @@ from moestro.core.files import ASIDE, cannot_write, flush_path, put_in_place, sh
 from moestro.core.tokens import Tokenizer
 from moestro.nn.decoder import Decoder
 from moestro.train.checkpoint import write_manifest
+from moestro.train.rank_state import MESH
 from moestro.train.shards import Part, write_parts
 
 
@@ -42,12 +45,13 @@ class Saving:
         """True when this rank's files are on the disk, or could not be."""
         return self.thread is None or not self.thread.is_alive()
 
-    def begin(self, model: Decoder, tokenizer: Tokenizer) -> None:
+    def begin(self, model: Decoder, tokenizer: Tokenizer, mesh: Mapping[str, Any]) -> None:
         """Leader: an empty folder with the files that only it writes."""
         try:
             shutil.rmtree(self.aside, ignore_errors=True)
             self.aside.mkdir(parents=True)
             (self.aside / "model.json").write_text(json.dumps(to_table(model.spec), indent=1))
+            (self.aside / MESH).write_text(json.dumps(mesh, indent=1))
             tokenizer.save(self.aside / "tokenizer.json")
         except OSError as error:
             raise cannot_write(self.folder, error) from error

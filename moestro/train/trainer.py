@@ -135,6 +135,7 @@ class Trainer:
         """Write a checkpoint of this moment; `done` is called when it is there."""
         self.engine.save(folder, self, data.tokenizer, done, wait)
 
-    def restore(self, folder: Path) -> None:
-        """Go back to a checkpoint."""
-        self.step = self.engine.restore(folder, self)
+    def restore(self, folder: Path) -> str:
+        """Go back to a checkpoint; returns, for people, what could not be taken over."""
+        self.step, left = self.engine.restore(folder, self)
+        return left

@@ -17,7 +17,8 @@ from moestro.nn.routing_rules import Choice
 
 D, E = 8, 4
 TOKENS = (5, 0, 9, 2)
-"""Of each rank."""
+"""Of each rank; two ranks are a node."""
+NODE_WITHOUT_TOKENS, RANK_WITH_ALL = (0, 0, 9, 7), (0, 16, 0, 0)
 
 
 def routing(kind: str, tokens: int) -> Tensor:
@@ -29,8 +30,8 @@ def routing(kind: str, tokens: int) -> Tensor:
     cases = {
         "one or two experts": both_TK,
         "all tokens to one expert": torch.tensor([[3, E]]).expand(tokens, -1),
-        "an idle expert": both_TK.where(both_TK != 2, 0),
-        "a rank without rows": both_TK.where(both_TK < 2, E),
+        "a rank without rows": both_TK.where(both_TK != 2, 0),
+        "a node without rows": both_TK.where(both_TK < 2, E),
         "no expert at all": torch.full_like(both_TK, E),
     }
     return cases[kind]
@@ -62,11 +63,13 @@ def part_of(experts: Experts, index: int, parts: int) -> Experts:
     return part
 
 
-def check_equals_one_rank(kind: str, path: Path, ranks: int, node: int = 0, chunks: int = 1) -> None:
+def check_equals_one_rank(
+    kind: str, path: Path, ranks: int, node: int = 0, chunks: int = 1, tokens: tuple[int, ...] = TOKENS
+) -> None:
     mesh = Mesh(Layout(dp_shard=ranks, ep=ranks, node=node), torch.device("cpu"))
     x_TD, choice, experts = setting(kind)
     wanted = outcome(x_TD, choice, experts, Local(), path)
-    sizes = [*TOKENS[: ranks - 1], sum(TOKENS[ranks - 1 :])]
+    sizes = [*tokens[: ranks - 1], sum(tokens[ranks - 1 :])]
     start = sum(sizes[: mesh.rank])
     own = slice(start, start + sizes[mesh.rank])
     part = part_of(experts, mesh.rank, ranks)
@@ -87,8 +90,8 @@ def check_equals_one_rank(kind: str, path: Path, ranks: int, node: int = 0, chun
 KINDS = [
     "one or two experts",
     "all tokens to one expert",
-    "an idle expert",
     "a rank without rows",
+    "a node without rows",
     "no expert at all",
 ]
 
@@ -135,6 +138,13 @@ def test_the_next_chunk_is_under_way_while_one_is_computed() -> None:
     assert run_on_ranks(exchanges_begun_before_each_chunk, 1, ranks=2)[0] == [counts + there, counts + there + back]
     begun = run_on_ranks(exchanges_begun_before_each_chunk, 2, ranks=2)[0]
     assert begun == [counts + 2 * there, counts + 2 * there + back, counts + 2 * there + 2 * back]
+
+
+@pytest.mark.parametrize("kind", ["one or two experts", "all tokens to one expert", "a node without rows"])
+@pytest.mark.parametrize("tokens", [NODE_WITHOUT_TOKENS, RANK_WITH_ALL], ids=["idle node", "one busy rank"])
+@pytest.mark.parametrize("node", [0, 2], ids=["flat", "hierarchical"])
+def test_ranks_without_tokens_wait_for_nobody(kind: str, tokens: tuple[int, ...], node: int) -> None:
+    run_on_ranks(check_equals_one_rank, kind, "fused", 4, node, 1, tokens, ranks=4)
 
 
 def count_between_nodes(expert_TK: Tensor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from moestro.dist.layout import Layout
 from moestro.dist.mesh import Mesh
+from moestro.dist.shard import whole
 from moestro.dist.spec import DistSpec
 from moestro.dist.synchronise import BoundedStaleness, make_synchroniser
 from moestro.dist.testing import run_on_ranks
@@ -17,7 +18,7 @@ def walk(spec: DistSpec, steps: int, meet: bool) -> list[float]:
     """The weight after every step, where copy c moves it by c + 1 each time."""
     mesh = Mesh(Layout(dp_replicate=COPIES), torch.device("cpu"))
     weight = nn.Parameter(torch.zeros(1))
-    synchroniser = make_synchroniser({"w": weight}, mesh["dp_replicate"], spec)
+    synchroniser = make_synchroniser({"w": weight}, {"w": whole(weight)}, mesh["dp_replicate"], spec)
     assert synchroniser is not None
     seen = []
     for step in range(1, steps + 1):

@@ -9,7 +9,7 @@ import torch
 from moestro.core.errors import CheckpointError, ConfigError, TrainingError
 from moestro.core.events import read_events
 from moestro.place.loads import read_loads
-from moestro.train.loop import go_on, start
+from moestro.train.loop import ended, go_on, start
 from moestro.train.recipe import Recipe
 from moestro.train.run_folder import RunFolder
 from moestro.train.shards import Shards, _same_bytes
@@ -58,6 +58,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Pa
         assert losses(second.folder) == losses(whole.folder)
         assert same_bits(final_tensors(second.folder), final_tensors(whole.folder))
         assert second.evaluation == whole.evaluation
+        read = ended(recipe.out)  # by ranks that are started again after the last step
+        assert (read.step, read.evaluation, read.compressors) == (second.step, second.evaluation, second.compressors)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training on several ranks learns what one rank learns: losses, gradients, weights, and what is on disk."""
+"""Runs on several ranks leave what a run on one rank leaves, and go on after a stop, under any mesh."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +14,7 @@ from moestro.dist.shard import held_rows, pieces
 from moestro.dist.testing import run_on_ranks
 from moestro.train import checkpoint
 from moestro.train.data import open_data, prepare
+from moestro.train.engine import Engine, OneRank
 from moestro.train.loop import go_on, start
 from moestro.train.ranks import Ranks, check_alone
 from moestro.train.recipe import Recipe
@@ -21,40 +22,6 @@ from moestro.train.run_folder import RunFolder
 from moestro.train.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
-STEPS = 3
-
-
-def engine_for(recipe: Recipe) -> Ranks:
-    return Ranks(fit(recipe.dist, torch.distributed.get_world_size()), torch.device("cpu"), recipe)
-
-
-def trained(recipe: Recipe, trainer: Trainer) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
-    """(loss, gradient norm) of some steps, and the weights after them."""
-    results = [trainer.run_step() for _ in range(STEPS)]
-    return [(r.loss, r.grad_norm) for r in results], dict(trainer.model.state_dict())
-
-
-def check_learns_the_same(recipe: Recipe, wanted: Any) -> None:
-    engine = engine_for(recipe)
-    trainer = Trainer(recipe, open_data(recipe.out), engine)
-    curve, tensors = trained(recipe, trainer)
-    for (loss, norm), (one_loss, one_norm) in zip(curve, wanted[0], strict=True):
-        assert loss == pytest.approx(one_loss, rel=1e-6)
-        assert norm == pytest.approx(one_norm, rel=1e-5)
-    for name, tensor in tensors.items():
-        for _, box, part in pieces(name, tensor, engine.parts[name]):
-            whole = wanted[1][name][tuple(slice(*side) for side in box)]
-            torch.testing.assert_close(part, whole, rtol=1e-5, atol=2e-6, equal_nan=True)
-
-
-def compare(make_recipe: MakeRecipe, ranks: int, *settings: str) -> None:
-    """Adam divides tiny gradients by their own size: a large eps keeps rounding from growing."""
-    plain = make_recipe("optimizer.eps=1e-3", *(s for s in settings if not s.startswith("dist.")))
-    if not plain.out.exists():
-        prepare(plain.data, plain.out)
-    wanted = trained(plain, Trainer(plain, open_data(plain.out)))
-    recipe = make_recipe("optimizer.eps=1e-3", *settings)
-    run_on_ranks(check_learns_the_same, recipe, wanted, ranks=ranks)
 
 
 def slow(*settings: str) -> Any:
@@ -62,155 +29,27 @@ def slow(*settings: str) -> Any:
     return pytest.param(settings, marks=pytest.mark.slow, id=" ".join(settings))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        slow("dist.dp_replicate=4"),
-        ("dist.ep=2",),
-        slow("dist.ep=4"),
-        ("dist.dp_replicate=2", "dist.ep=2"),
-        slow("dist.ep=2", "train.recompute=true"),
-        ("dist.ep=2", "train.micro_batches=2", "train.sequences=14"),
-    ],
-    ids=" ".join,
-)
-def test_data_and_expert_parallel_learn_what_one_rank_learns(
-    make_recipe: MakeRecipe, settings: tuple[str, ...]
-) -> None:
-    compare(make_recipe, 4, *settings)
+def engine_for(recipe: Recipe) -> Ranks:
+    return Ranks(fit(recipe.dist, torch.distributed.get_world_size()), torch.device("cpu"), recipe)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        slow("dist.zero=1", "dist.ep=2", "train.micro_batches=2", "train.sequences=8"),
-        slow("dist.zero=2", "dist.ep=4", "train.micro_batches=2", "train.sequences=8"),
-        ("dist.zero=3", "dist.ep=2"),
-        ("dist.zero=3", "dist.dp_replicate=2", "dist.ep=2", "train.recompute=true"),
-    ],
-    ids=" ".join,
-)
-def test_sharing_out_state_gradients_and_weights_changes_nothing(
-    make_recipe: MakeRecipe, settings: tuple[str, ...]
-) -> None:
-    compare(make_recipe, 4, *settings)
+def after(steps: int) -> Callable[[], bool]:
+    """Asks to stop after so many steps; 0: never. Ranks that learn apart ask where they meet only."""
+    begun: list[int] = []
+
+    def stop() -> bool:
+        begun.append(1)
+        return bool(steps) and len(begun) > steps
+
+    return stop
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("dist.tp=2", "dist.ep=2"),
-        slow("dist.tp=2", "dist.ep=4", "dist.zero=3", "model.attention.qk_norm=head"),
-        ("dist.tp=2", "dist.ep=2", "dist.expert_tp=true", "model.moe.shared_width=8"),
-        slow("dist.tp=2", "dist.dp_replicate=2", "model.dense_layers=[0]", "model.dense_width=24"),
-        slow("dist.tp=2", "dist.zero=1", "dist.expert_tp=true", "model.attention.bias=true", "train.recompute=true"),
-        (
-            "dist.tp=2",
-            "model.attention.kind=mla",
-            "model.attention.kv_rank=8",
-            "model.attention.rope_head_dim=4",
-            "model.attention.head_dim=8",
-        ),
-    ],
-    ids=" ".join,
-)
-def test_tensor_parallel_learns_what_one_rank_learns(make_recipe: MakeRecipe, settings: tuple[str, ...]) -> None:
-    compare(make_recipe, 4, *settings)
+def run_all(recipe: Recipe, stop_at: int = 0, engine: Engine | None = None) -> Any:
+    return start(recipe, stop=after(stop_at), engine=engine or engine_for(recipe)).evaluation
 
 
-PIPELINE = ("train.micro_batches=4", "train.sequences=8", "model.num_layers=4")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        slow("dist.pp=2"),
-        ("dist.pp=2", "dist.ep=2", "train.recompute=true"),
-        slow("dist.pp=2", "dist.tp=2", "model.tied_head=false"),
-        slow("dist.pp=2", "dist.schedule=interleaved"),
-        ("dist.pp=2", "dist.ep=2", "dist.schedule=zero_bubble"),
-        slow("dist.pp=4", "model.dense_layers=[0]", "model.dense_width=24"),
-    ],
-    ids=" ".join,
-)
-def test_pipelines_learn_what_one_rank_learns(make_recipe: MakeRecipe, settings: tuple[str, ...]) -> None:
-    compare(make_recipe, 4, *PIPELINE, *settings)
-
-
-def test_two_level_dispatch_learns_what_one_rank_learns(make_recipe: MakeRecipe) -> None:
-    compare(make_recipe, 4, "dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2")
-
-
-@pytest.mark.parametrize(
-    "router",
-    [
-        ("rule=expert_choice", "selection_bias=none"),
-        slow("rule=quantile", "score=sigmoid"),
-        slow("rule=topk", "selection_bias=quantile"),
-        ("rule=topk", "selection_bias=loss_free", "z_loss=0.01", "score=sigmoid"),
-        slow("rule=relu"),
-        slow("rule=null", "num_null=2"),
-        slow("rule=gap", "aux_scope=sequence"),
-        ("rule=gap", "aux_scope=global"),
-        ("rule=topp", "k=3", "mean_experts=1.5"),
-    ],
-    ids=" ".join,
-)
-def test_every_routing_rule_decides_as_if_it_saw_all_tokens(make_recipe: MakeRecipe, router: tuple[str, ...]) -> None:
-    keys = [f"model.moe.router.{setting}" for setting in router]
-    compare(make_recipe, 2, "dist.ep=2", "train.micro_batches=2", *keys)
-
-
-def test_low_rank_experts_share_their_base_over_all_ranks(make_recipe: MakeRecipe) -> None:
-    compare(make_recipe, 4, "dist.ep=2", "model.moe.sharing=low_rank", "model.moe.sharing_rank=4")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("dist.shares=3:1:0:1.5", "dist.ep=2", "train.micro_batches=2", "train.sequences=14"),
-        ("dist.shares=3:0:1:0", "dist.zero=3", "dist.dp_replicate=2", "dist.ep=2"),
-        slow("dist.shares=0:0:1:0", "dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2"),
-        slow("dist.shares=0:1", "dist.tp=2", "dist.ep=2", "model.moe.router.aux_scope=sequence"),
-        slow("dist.shares=1:0:3:1", "dist.ep=2", "model.moe.router.rule=expert_choice", "train.recompute=true"),
-        slow("dist.shares=0:1:3:1", "dist.zero=1", "dist.ep=4", "model.moe.router.selection_bias=quantile"),
-        slow(
-            "dist.shares=0:1:1:0",
-            "model.attention.kind=mla",
-            "model.attention.kv_rank=8",
-            "model.attention.rope_head_dim=4",
-            "model.attention.head_dim=8",
-        ),
-    ],
-    ids=" ".join,
-)
-def test_uneven_shares_of_the_batch_change_nothing(make_recipe: MakeRecipe, settings: tuple[str, ...]) -> None:
-    compare(make_recipe, 4, *settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("dist.chunks=3", "dist.ep=2", "dist.zero=3", "train.recompute=true"),
-        slow("dist.chunks=2", "dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2"),
-        slow("dist.chunks=2", "dist.ep=2", "dist.tp=2", "dist.zero=1", "train.micro_batches=2"),
-        slow("dist.chunks=2", "dist.ep=2", "dist.pp=2", *PIPELINE),
-        slow("dist.chunks=40", "dist.ep=2", "dist.shares=3:1:0:1"),
-    ],
-    ids=" ".join,
-)
-def test_exchange_in_chunks_learns_what_one_rank_learns(make_recipe: MakeRecipe, settings: tuple[str, ...]) -> None:
-    compare(make_recipe, 4, *settings)
-
-
-def run_all(recipe: Recipe, stop_at: int = 0) -> Any:
-    asked = iter([False] * stop_at + [True])
-    stop = (lambda: next(asked)) if stop_at else (lambda: False)
-    return start(recipe, stop=stop, engine=engine_for(recipe)).evaluation
-
-
-def run_on(recipe: Recipe) -> Any:
-    return go_on(recipe.out, engine=engine_for(recipe), recipe=recipe).evaluation
+def run_on(recipe: Recipe, stop_at: int = 0, engine: Engine | None = None) -> Any:
+    return go_on(recipe.out, stop=after(stop_at), engine=engine or engine_for(recipe), recipe=recipe).evaluation
 
 
 def losses(root: Path) -> list[float]:
@@ -230,33 +69,92 @@ def test_a_whole_run_equals_one_rank_and_evaluates_on_one_machine(make_recipe: M
     assert len(model.blocks[0].feed_forward.experts.gate_up_EDF) == 4
 
 
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [
-        ("4 dist.ep=4", "2 dist.ep=2"),
-        ("4 dist.pp=2 dist.ep=2 train.micro_batches=2", "2 dist.ep=2 train.micro_batches=2"),
-        pytest.param("4 dist.tp=2 dist.ep=2 dist.expert_tp=true", "2 dist.ep=2", marks=pytest.mark.slow),
-        pytest.param("4 dist.ep=4", "2 dist.ep=1", marks=pytest.mark.slow),
-        pytest.param("2 dist.ep=1", "4 dist.ep=2", marks=pytest.mark.slow),
-        pytest.param("4 dist.ep=2", "4 dist.ep=2", marks=pytest.mark.slow),
-        pytest.param("4 dist.ep=2 dist.zero=3", "2 dist.ep=2", marks=pytest.mark.slow),
-        pytest.param("2 dist.ep=2 dist.shares=3:1", "2 dist.ep=2 dist.shares=3:1", marks=pytest.mark.slow),
-        pytest.param("2 dist.ep=2", "4 dist.ep=2 dist.zero=1", marks=pytest.mark.slow),
-        pytest.param("4 dist.ep=2 dist.zero=3", "4 dist.ep=2 dist.zero=3", marks=pytest.mark.slow),
-    ],
+CHAINS = (
+    "4 ep=4 > 2 ep=2 > 1",
+    "1 > 2 ep=2 > 4 ep=4",
+    "4 tp=2 ep=2 > 2 > 4 tp=2 expert_tp=true",
+    "4 pp=2 ep=2 > 2 ep=2 > 4 pp=2 zero=1",
+    "4 ep=2 zero=3 > 4 ep=2 > 2 zero=2",
+    "4 pp=2 zero=3 > 4 tp=2 zero=1 > 1",
+    "8 dp_replicate=2 ep=4 zero=2 > 4 pp=2 schedule=interleaved > 6 dp_shard=6 ep=2",
+    "4 pp=2 schedule=zero_bubble > 4 ep=4 dispatch=hierarchical ranks_per_node=2 > 2 tp=2",
 )
-def test_a_checkpoint_goes_on_under_another_mesh(
-    make_recipe: MakeRecipe, tmp_path: Path, first: str, then: str
+
+
+@pytest.mark.parametrize("chain", [CHAINS[0], *(pytest.param(chain, marks=pytest.mark.slow) for chain in CHAINS[1:])])
+def test_under_other_meshes_the_next_steps_are_those_of_never_stopping(
+    make_recipe: MakeRecipe, tmp_path: Path, chain: str
 ) -> None:
-    ranks, *settings = first.split()
-    run_on_ranks(run_all, make_recipe(f"out={tmp_path}/whole", *settings), ranks=int(ranks))
-    out = f"out={tmp_path}/parts"
-    run_on_ranks(run_all, make_recipe(out, *settings), 3, ranks=int(ranks))
-    other_ranks, *other_settings = then.split()
-    run_on_ranks(run_on, make_recipe(out, *other_settings), ranks=int(other_ranks))
-    if first == then:
-        assert losses(tmp_path / "parts") == losses(tmp_path / "whole")  # bit for bit
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    sizes = ["train.micro_batches=2", "train.sequences=16", "model.num_layers=4", "optimizer.eps=1e-3"]
+    start(make_recipe(f"out={tmp_path}/whole", *sizes))
+    for number, (ranks, *keys) in enumerate(mesh.split() for mesh in chain.split(" > ")):
+        recipe = make_recipe(f"out={tmp_path}/parts", *sizes, *(f"dist.{key}" for key in keys))
+        work, stop_at = (run_on, 2 if number < 2 else 0) if number else (run_all, 2)
+        if ranks == "1":
+            work(recipe, stop_at, OneRank())
+        else:
+            run_on_ranks(work, recipe, stop_at, ranks=int(ranks))
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        slow("dist.ep=2"),
+        slow("dist.ep=2", "dist.shares=3:1:0:2"),
+        slow("dist.ep=2", "dist.zero=3"),
+        slow("dist.pp=2", "dist.zero=2", "train.micro_batches=2"),
+        slow("dist.tp=2", "model.moe.router.rule=gshard"),  # draws at random
+        slow("dist.compression=int8"),
+        slow("dist.compression=topk", "dist.layerwise=true"),
+        slow("dist.compression=sign", "dist.pp=2", "train.micro_batches=2"),
+        slow("dist.compression=powersgd", "dist.dp_replicate=2", "dist.ep=2"),
+        slow("dist.sync=local", "dist.dp_replicate=2", "dist.zero=3"),
+        slow("dist.sync=local", "dist.dp_replicate=2", "dist.compression=sign", "dist.sync_after=2"),
+        ("dist.sync=diloco", "dist.dp_replicate=2", "dist.compression=int8", "dist.ep=2"),
+        slow("dist.sync=diloco", "dist.dp_replicate=2", "dist.compression=powersgd", "dist.zero=2"),
+        slow("dist.sync=diloco", "dist.dp_replicate=2", "dist.pp=2", "train.micro_batches=2"),
+        slow("dist.sync=stale", "dist.dp_replicate=4", "dist.staleness=2"),
+        slow("dist.sync=hybrid", "dist.dp_replicate=2", "dist.tp=2"),
+    ],
+    ids=" ".join,
+)
+def test_under_the_same_mesh_a_run_goes_on_bit_for_bit(
+    make_recipe: MakeRecipe, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    """Also what compression owes, outer momentum, and the moments of copies that learn apart."""
+    often = ("train.steps=12", "train.sequences=8", "train.evaluate_every=4", "train.checkpoint_every=4")
+    for name, stop_at in (("whole", 0), ("parts", 8)):
+        run_on_ranks(
+            run_all, make_recipe(f"out={tmp_path}/{name}", "dist.sync_every=2", *often, *settings), stop_at, ranks=4
+        )
+    parts = make_recipe(f"out={tmp_path}/parts", "dist.sync_every=2", *often, *settings)
+    assert len(losses(tmp_path / "parts")) == 8
+    run_on_ranks(run_on, parts, ranks=4)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def said_on_return(recipe: Recipe) -> str:
+    engine = engine_for(recipe)
+    return Trainer(recipe, open_data(RunFolder(recipe.out).data), engine).restore(
+        RunFolder(recipe.out).checkpoints()[0]
+    )
+
+
+def test_what_another_mesh_remembers_is_dropped_with_a_message(make_recipe: MakeRecipe) -> None:
+    settings = (
+        "dist.dp_replicate=2",
+        "dist.sync=diloco",
+        "dist.sync_every=2",
+        "train.evaluate_every=2",
+        "train.steps=2",
+    )
+    recipe = make_recipe(*settings)
+    run_on_ranks(run_all, recipe, ranks=2)
+    assert run_on_ranks(said_on_return, recipe, ranks=2) == ["", ""]
+    said = run_on_ranks(said_on_return, make_recipe("dist.ep=2"), ranks=2)[0]
+    assert "dp_replicate was 2, is 1" in said
+    assert "what travels between copies and moments of other copies began anew" in said
 
 
 def test_one_rank_goes_on_with_what_four_began(make_recipe: MakeRecipe, tmp_path: Path) -> None:
