@@ -97,9 +97,11 @@ def act_backward(
     d_gate_up_AF, act_AF = torch.empty_like(gate_up_AF), d_y_TD.new_empty(places, hidden)
     part_XA = torch.empty(columns, places, dtype=torch.float32, device=d_y_TD.device)
     if places:
+        wide = blocks.columns // 2 if blocks.columns >= 128 else blocks.columns
+        kept = TensorDescriptor.from_tensor(gate_up_AF, [tiles.rows, wide]) if tma else gate_up_AF
         products.act_backward[(most * columns,)](
             d_y_TD, _slices(down_EFD, blocks.columns, blocks.inner, tma), share_TK, tiles.source_A, tiles.offset_X,
-            tiles.tile_2M, gate_up_AF, d_gate_up_AF, act_AF, part_XA, most, tiles.slots, places,
+            tiles.tile_2M, kept, d_gate_up_AF, act_AF, part_XA, most, tiles.slots, places,
             WIDTH=width, HIDDEN=hidden, EXPERTS=num_experts, ROWS=tiles.rows, **_options(blocks, tma),
         )  # fmt: skip
     return d_gate_up_AF, act_AF, part_XA

@@ -66,6 +66,13 @@ def load_columns(place, start, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def place_of(ptr, first_row, first_column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where a tile lies: one 64-bit start and 32-bit distances from it, which take half the registers."""
+    start = ptr + first_row.to(tl.int64) * WIDTH + first_column
+    return start + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
 def gate_up_act(
     x_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up_ptr, act_ptr, most_tiles, slots,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -78,7 +85,8 @@ def gate_up_act(
         return
     tile, part = tile_of(tl.program_id(0), num_tiles, num_columns, GROUP)
     expert = tl.load(tile_ptr + tile)
-    row = tl.load(tile_ptr + most_tiles + tile) + tl.arange(0, ROWS)
+    first_row = tl.load(tile_ptr + most_tiles + tile)
+    row = first_row + tl.arange(0, ROWS)
     live = row < tl.load(offset_ptr + expert + 1)
     source = tl.load(source_ptr + row, mask=live, other=0)
     place = x_ptr + (source // slots)[:, None].to(tl.int64) * WIDTH
@@ -94,12 +102,12 @@ def gate_up_act(
     column = part * COLUMNS + tl.arange(0, COLUMNS)
     mask = live[:, None] & (column < HIDDEN)[None, :]
     if KEEP:
-        kept = gate_up_ptr + row[:, None].to(tl.int64) * (2 * HIDDEN) + column[None, :]
+        kept = place_of(gate_up_ptr, first_row, part * COLUMNS, 2 * HIDDEN, ROWS, COLUMNS)
         tl.store(kept, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
         tl.store(kept + HIDDEN, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
     share = tl.load(share_ptr + source, mask=live, other=0.0)
     act = gate * tl.sigmoid(gate) * up * share[:, None]
-    target = act_ptr + row[:, None].to(tl.int64) * HIDDEN + column[None, :]
+    target = place_of(act_ptr, first_row, part * COLUMNS, HIDDEN, ROWS, COLUMNS)
     tl.store(target, act.to(act_ptr.dtype.element_ty), mask=mask)
 
 
@@ -132,13 +140,42 @@ def rows_product(
             right = load_slice(weight, expert, inner, first, INSIDE, OUTSIDE, INNER, COLUMNS, TMA)
         total = dot(left, right, total, UPCAST)
     column = first + tl.arange(0, COLUMNS)
-    target = out_ptr + row[:, None].to(tl.int64) * OUTSIDE + column[None, :]
+    target = place_of(out_ptr, first_row, first, OUTSIDE, ROWS, COLUMNS)
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=live[:, None] & (column < OUTSIDE)[None, :])
 
 
 @triton.jit
+def swiglu_backward(
+    d_act, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """From d_act of some columns: d_gate_up and act are written, the columns' part of d_share is returned."""
+    column = first + tl.arange(0, COLUMNS)
+    mask = live[:, None] & (column < HIDDEN)[None, :]
+    if TMA:
+        gate = gate_up.load([first_row, first]).to(tl.float32)
+        up = gate_up.load([first_row, HIDDEN + first]).to(tl.float32)
+    else:
+        kept = place_of(gate_up, first_row, first, 2 * HIDDEN, ROWS, COLUMNS)
+        gate = tl.load(kept, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(kept + HIDDEN, mask=mask, other=0.0).to(tl.float32)
+    open = tl.sigmoid(gate)
+    silu = gate * open
+    plain = silu * up
+    d_share = tl.sum(tl.where(mask, d_act * plain, 0.0), axis=1)
+    target = place_of(act_ptr, first_row, first, HIDDEN, ROWS, COLUMNS)
+    tl.store(target, (plain * share).to(act_ptr.dtype.element_ty), mask=mask)
+    d_act *= share
+    target = place_of(d_gate_up_ptr, first_row, first, 2 * HIDDEN, ROWS, COLUMNS)
+    d_gate = d_act * up * (open + silu * (1.0 - open))
+    tl.store(target, d_gate.to(d_gate_up_ptr.dtype.element_ty), mask=mask)
+    tl.store(target + HIDDEN, (d_act * silu).to(d_gate_up_ptr.dtype.element_ty), mask=mask)
+    return d_share
+
+
+@triton.jit
 def act_backward(
-    d_y_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up_ptr, d_gate_up_ptr, act_ptr, part_ptr,
+    d_y_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up, d_gate_up_ptr, act_ptr, part_ptr,
     most_tiles, slots, places,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     INNER: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
@@ -153,7 +190,8 @@ def act_backward(
         return
     tile, part = tile_of(tl.program_id(0), num_tiles, num_columns, GROUP)
     expert = tl.load(tile_ptr + tile)
-    row = tl.load(tile_ptr + most_tiles + tile) + tl.arange(0, ROWS)
+    first_row = tl.load(tile_ptr + most_tiles + tile)
+    row = first_row + tl.arange(0, ROWS)
     live = row < tl.load(offset_ptr + expert + 1)
     source = tl.load(source_ptr + row, mask=live, other=0)
     place = d_y_ptr + (source // slots)[:, None].to(tl.int64) * WIDTH
@@ -162,19 +200,19 @@ def act_backward(
         d_y = load_columns(place, inner, WIDTH, INNER)
         down = load_slice(weight, expert, part * COLUMNS, inner, HIDDEN, WIDTH, COLUMNS, INNER, TMA).T
         d_act = dot(d_y, down, d_act, UPCAST)
-    column = part * COLUMNS + tl.arange(0, COLUMNS)
-    mask = live[:, None] & (column < HIDDEN)[None, :]
-    wide = row[:, None].to(tl.int64) * (2 * HIDDEN) + column[None, :]
-    gate = tl.load(gate_up_ptr + wide, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + wide + HIDDEN, mask=mask, other=0.0).to(tl.float32)
     share = tl.load(share_ptr + source, mask=live, other=0.0)[:, None]
-    open = tl.sigmoid(gate)
-    silu = gate * open
-    plain = silu * up
-    tl.store(part_ptr + part.to(tl.int64) * places + row, tl.sum(tl.where(mask, d_act * plain, 0.0), axis=1), mask=live)
-    target = act_ptr + row[:, None].to(tl.int64) * HIDDEN + column[None, :]
-    tl.store(target, (plain * share).to(act_ptr.dtype.element_ty), mask=mask)
-    d_act *= share
-    d_gate = d_act * up * (open + silu * (1.0 - open))
-    tl.store(d_gate_up_ptr + wide, d_gate.to(d_gate_up_ptr.dtype.element_ty), mask=mask)
-    tl.store(d_gate_up_ptr + wide + HIDDEN, (d_act * silu).to(d_gate_up_ptr.dtype.element_ty), mask=mask)
+    first = part * COLUMNS
+    if COLUMNS >= 128:  # half at a time: the whole in float32 three times over does not fit into registers
+        left, right = d_act.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        sum_left = swiglu_backward(
+            left, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first, HIDDEN, ROWS, COLUMNS // 2, TMA
+        )
+        d_share = sum_left + swiglu_backward(
+            right, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first + COLUMNS // 2, HIDDEN, ROWS,
+            COLUMNS // 2, TMA,
+        )  # fmt: skip
+    else:
+        d_share = swiglu_backward(
+            d_act, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first, HIDDEN, ROWS, COLUMNS, TMA
+        )
+    tl.store(part_ptr + part.to(tl.int64) * places + row, d_share, mask=live)

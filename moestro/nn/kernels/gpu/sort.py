@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 256
+CHUNK = 128
 """Places ranked by one program; all pairs of them are compared."""
 
 
@@ -126,12 +126,12 @@ def sort_places(expert_TK: Tensor, num_experts: int, rows: int) -> tuple[Tensor,
     expert_TK = expert_TK.contiguous()
     if places:
         count_chunks[(chunks,)](expert_TK, count_XX, places, num_experts, CHUNK=CHUNK, BINS=bins)
-    sum_chunks[(bins // 16,)](count_XX, total_X, chunks, BINS=bins, WIDE=16, HIGH=64)
+    sum_chunks[(bins // 16,)](count_XX, total_X, chunks, BINS=bins, WIDE=16, HIGH=128)
     list_tiles[(num_experts,)](
         total_X, offset_X, tile_2M, busiest_E, num_experts, most_tiles, ROWS=rows, BINS=bins, STEP=128
     )
     if places:
         place_rows[(chunks,)](
-            expert_TK, count_XX, offset_X, source_A, row_A, places, num_experts, CHUNK=CHUNK, BINS=bins, num_warps=8
+            expert_TK, count_XX, offset_X, source_A, row_A, places, num_experts, CHUNK=CHUNK, BINS=bins
         )
     return source_A, row_A, offset_X, tile_2M, busiest_E
