@@ -21,6 +21,7 @@ from moestro.core.specs import RouterSpec
 from moestro.nn import losses
 from moestro.nn import routing_rules as rules
 from moestro.nn.peers import Alone, Peers
+from moestro.nn.permute import count_of
 from moestro.nn.routing_budget import Budget, budget_at, histogram
 from moestro.nn.routing_rules import Choice, Scores
 
@@ -176,7 +177,7 @@ class Router(nn.Module):
 
     def _record(self, scores: Scores, choice: Choice, cutoff_E: Tensor | None, sequences: int) -> RoutingRecord:
         used_TK = choice.expert_TK < self.num_experts
-        count_E = torch.bincount(choice.expert_TK[used_TK], minlength=self.num_experts).float()
+        count_E = count_of(choice.expert_TK.flatten(), self.num_experts + 1)[: self.num_experts].float()
         prob_TE = scores.score_TE if self.spec.score == "softmax" else F.normalize(scores.score_TE, p=1, dim=-1)
         whole_E, tokens = self._whole(count_E, len(prob_TE))
         balance = self._balance(prob_TE, choice.expert_TK, whole_E, sequences, tokens)

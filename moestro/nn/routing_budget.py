@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from moestro.nn.permute import count_of
+
 LOWEST = -15.0
 """Log-odds at the left edge of the first bin; values outside fall into the first and last bin."""
 PER_UNIT = 64
@@ -28,7 +30,7 @@ def histogram(decision_TJ: Tensor) -> Tensor:
     """Count decision values in BINS bins that are even in log-odds; float32."""
     log_odds_A = torch.logit(decision_TJ.flatten().float(), eps=1e-7)
     index_A = ((log_odds_A - LOWEST) * PER_UNIT).long().clamp_(0, BINS - 1)
-    return torch.bincount(index_A, minlength=BINS).float()
+    return count_of(index_A, BINS).float()
 
 
 def quantile(count_B: Tensor, share: float) -> float:

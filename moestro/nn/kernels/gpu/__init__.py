@@ -19,8 +19,6 @@ import os
 import torch
 from torch import Tensor
 
-from moestro.nn.kernels.gpu.interpreter import repair
-
 OLDEST = (8, 0)
 """Compute capability below which there are no bfloat16 products."""
 
@@ -36,7 +34,6 @@ def why_not(device_type: str = "cuda", index: int = 0) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'moestro[gpu]'"
     if device_type == "cpu" and interpreted():
-        repair()
         return ""
     if device_type != "cuda" or not torch.cuda.is_available():
         return "no GPU"

@@ -24,7 +24,7 @@ def combine_slots(
     tl.store(place, total.to(y_ptr.dtype.element_ty), mask=column < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "parts"])
 def sum_parts(part_ptr, row_ptr, out_ptr, places, parts, BLOCK: tl.constexpr):
     """out[a] = sum over parts of part[p, row[a]]; 0 where the place is unused."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

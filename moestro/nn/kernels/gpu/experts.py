@@ -18,7 +18,9 @@ from torch import Tensor
 
 from moestro.nn.kernels.gpu import interpreted, launch
 from moestro.nn.kernels.gpu.blocks import tile_rows
-from moestro.nn.kernels.gpu.sort import Tiles, sort_places
+from moestro.nn.kernels.gpu.interpreter import repair
+from moestro.nn.kernels.gpu.sort import sort_places
+from moestro.nn.kernels.gpu.tiles import Tiles
 
 
 @torch.library.custom_op("moestro::sort_places", mutates_args=())
@@ -35,6 +37,8 @@ def _(expert_TK: Tensor, num_experts: int, rows: int) -> list[Tensor]:
 
 def sort_tiles(expert_TK: Tensor, num_experts: int, rows: int = 0) -> Tiles:
     """Group slots by expert, stable; num_experts marks an unused slot. `rows` of a tile: 0 picks."""
+    if interpreted():
+        repair()
     rows = rows or tile_rows(expert_TK.numel(), num_experts, interpreted())
     return Tiles(*_sort(expert_TK, num_experts, rows), rows=rows, slots=expert_TK.shape[1])
 

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moestro.nn.kernels.gpu import combine, interpreted, products, weight_gradient
 from moestro.nn.kernels.gpu.blocks import Blocks, Kernel, blocks_for
-from moestro.nn.kernels.gpu.sort import Tiles
+from moestro.nn.kernels.gpu.tiles import Tiles
 
 
 @functools.cache

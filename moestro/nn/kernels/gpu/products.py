@@ -72,7 +72,7 @@ def place_of(ptr, first_row, first_column, WIDTH: tl.constexpr, ROWS: tl.constex
     return start + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COLUMNS)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_tiles", "slots"])
 def gate_up_act(
     x_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up_ptr, act_ptr, most_tiles, slots,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -111,7 +111,7 @@ def gate_up_act(
     tl.store(target, act.to(act_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_tiles"])
 def rows_product(
     a, weight, offset_ptr, tile_ptr, out_ptr, most_tiles,
     INSIDE: tl.constexpr, OUTSIDE: tl.constexpr, EXPERTS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
@@ -173,7 +173,7 @@ def swiglu_backward(
     return d_share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_tiles", "slots", "places"])
 def act_backward(
     d_y_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up, d_gate_up_ptr, act_ptr, part_ptr,
     most_tiles, slots, places,

@@ -1,6 +1,6 @@
 """Counting sort of assignments by expert, and the list of row tiles that products work through.
 
-    expert_TK -> counts per chunk -> running sums -> offsets, tiles -> places
+    expert_TK -> counts per chunk -> running sums -> offsets, tiles -> places   (see tiles.py)
 
 Four launches, stable, no host synchronisation, no atomics. Rows of one expert are contiguous and nothing is padded: a
 tile is up to `rows` neighbouring rows of one expert, so its last rows may be another expert's and are masked. Unused
@@ -8,8 +8,6 @@ slots come after all used ones.
 
 Dimension key:  T tokens   K slots   A = T*K places   C places of a chunk   E experts   X = E + 2   M most tiles
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,27 +18,7 @@ CHUNK = 128
 """Places ranked by one program; all pairs of them are compared."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Rows grouped by expert, and the tiles they are worked on in; int32, on the device."""
-
-    source_A: Tensor
-    """The place in expert_TK behind each row; used places first."""
-    row_A: Tensor
-    """The row of each place, -1 where it is unused."""
-    offset_X: Tensor
-    """First row of each expert, then the number of used rows, then the number of tiles."""
-    tile_2M: Tensor
-    """Expert and first row of each tile."""
-    busiest_E: Tensor
-    """Experts, most rows first."""
-    rows: int
-    """Rows of a tile."""
-    slots: int
-    """K."""
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["places", "num_experts"])
 def count_chunks(expert_ptr, count_ptr, places, num_experts, CHUNK: tl.constexpr, BINS: tl.constexpr):
     chunk = tl.program_id(0)
     place = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -49,7 +27,7 @@ def count_chunks(expert_ptr, count_ptr, places, num_experts, CHUNK: tl.constexpr
     tl.store(count_ptr + chunk * BINS + tl.arange(0, BINS), count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def sum_chunks(count_ptr, total_ptr, chunks, BINS: tl.constexpr, WIDE: tl.constexpr, HIGH: tl.constexpr):
     """Counts become counts of all chunks before; the total goes to total_ptr."""
     bin = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
@@ -64,7 +42,7 @@ def sum_chunks(count_ptr, total_ptr, chunks, BINS: tl.constexpr, WIDE: tl.conste
     tl.store(total_ptr + bin, running)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "most_tiles"])
 def list_tiles(
     total_ptr, offset_ptr, tile_ptr, busiest_ptr, num_experts, most_tiles,
     ROWS: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr,
@@ -92,7 +70,7 @@ def list_tiles(
         tl.store(target + most_tiles, first_row + tile * ROWS, mask=tile < own_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["places", "num_experts"])
 def place_rows(
     expert_ptr, count_ptr, offset_ptr, source_ptr, row_ptr, places, num_experts,
     CHUNK: tl.constexpr, BINS: tl.constexpr,

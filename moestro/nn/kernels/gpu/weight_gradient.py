@@ -24,7 +24,7 @@ def load_rows(ptr, row, live, column, COLUMNS: tl.constexpr, WIDE: tl.constexpr,
         return tl.load(place, mask=live[:, None] & (column < COLUMNS)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def weight_gradient(
     left_ptr, right_ptr, source_ptr, offset_ptr, busiest_ptr, out_ptr, slots,
     INSIDE: tl.constexpr, OUTSIDE: tl.constexpr, GATHER_LEFT: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
