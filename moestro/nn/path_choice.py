@@ -70,7 +70,7 @@ def measured_path(x_TD: Tensor, slots: int, experts: Experts) -> GpuPath:
     if key not in SETTLED:
         known = remembered().get(key)
         if known is None:
-            if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            if torch.compiler.is_compiling() or (x_TD.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return paths[0]
             known = remember(key, measure(x_TD, slots, experts, [path for path in paths if path != "loop"]))
         if "triton" in paths and known.blocks:

@@ -50,7 +50,7 @@ CANDIDATES: dict[Kernel, list[Blocks]] = {
 EXACT = Blocks(64, 32, warps=8, stages=2, high=64)
 """float32: no tensor cores in full precision, and twice the bytes."""
 
-SMALL = Blocks(16, 16, warps=4, stages=2, high=16)
+SMALL = Blocks(32, 32, warps=4, stages=2, high=32)
 """For the interpreter, where a program costs milliseconds."""
 
 CHOSEN: dict[tuple[Kernel, torch.dtype, Shape], Blocks] = {}

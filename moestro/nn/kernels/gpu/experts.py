@@ -23,12 +23,25 @@ from moestro.nn.kernels.gpu.sort import sort_places
 from moestro.nn.kernels.gpu.tiles import Tiles
 
 
-@torch.library.custom_op("moestro::sort_places", mutates_args=())
+torch.library.define("moestro::sort_places", "(Tensor expert, int num_experts, int rows) -> Tensor[]")
+torch.library.define(
+    "moestro::experts",
+    "(Tensor x, Tensor share, Tensor[] tables, int rows, Tensor gate_up, Tensor down, Tensor[] masters, bool keep) "
+    "-> (Tensor, Tensor)",
+)
+torch.library.define(
+    "moestro::experts_backward",
+    "(Tensor d_y, Tensor x, Tensor share, Tensor[] tables, int rows, Tensor gate_up, Tensor down, Tensor kept, "
+    "ScalarType dtype, bool weights_too) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("moestro::sort_places", "default")
 def _sort(expert_TK: Tensor, num_experts: int, rows: int) -> list[Tensor]:
     return list(sort_places(expert_TK, num_experts, rows))
 
 
-@_sort.register_fake
+@torch.library.register_fake("moestro::sort_places")
 def _(expert_TK: Tensor, num_experts: int, rows: int) -> list[Tensor]:
     places = expert_TK.numel()
     shapes = [(places,), (places,), (num_experts + 2,), (2, places // rows + num_experts), (num_experts,)]
@@ -40,10 +53,10 @@ def sort_tiles(expert_TK: Tensor, num_experts: int, rows: int = 0) -> Tiles:
     if interpreted():
         repair()
     rows = rows or tile_rows(expert_TK.numel(), num_experts, interpreted())
-    return Tiles(*_sort(expert_TK, num_experts, rows), rows=rows, slots=expert_TK.shape[1])
+    return Tiles(*torch.ops.moestro.sort_places(expert_TK, num_experts, rows), rows=rows, slots=expert_TK.shape[1])
 
 
-@torch.library.custom_op("moestro::experts", mutates_args=())
+@torch.library.impl("moestro::experts", "default")
 def _experts(
     x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor, down_EFD: Tensor,
     masters: list[Tensor], keep: bool,
@@ -56,7 +69,7 @@ def _experts(
     return launch.combine_slots(rows_AD, tiles.row_A, len(x_TD), tiles.slots), gate_up_AF
 
 
-@_experts.register_fake
+@torch.library.register_fake("moestro::experts")
 def _(
     x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor, down_EFD: Tensor,
     masters: list[Tensor], keep: bool,
@@ -64,7 +77,7 @@ def _(
     return torch.empty_like(x_TD), x_TD.new_empty(share_TK.numel() if keep else 0, gate_up_EDF.shape[2])
 
 
-@torch.library.custom_op("moestro::experts_backward", mutates_args=())
+@torch.library.impl("moestro::experts_backward", "default")
 def _backward(
     d_y_TD: Tensor, x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor,
     down_EFD: Tensor, gate_up_AF: Tensor, dtype: torch.dtype, weights_too: bool,
@@ -91,7 +104,7 @@ def _backward(
     return launch.combine_slots(d_rows_AD, tiles.row_A, len(x_TD), tiles.slots), d_share_TK, d_gate_up_EDF, d_down_EFD
 
 
-@_backward.register_fake
+@torch.library.register_fake("moestro::experts_backward")
 def _(
     d_y_TD: Tensor, x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor,
     down_EFD: Tensor, gate_up_AF: Tensor, dtype: torch.dtype, weights_too: bool,
@@ -112,7 +125,7 @@ def _gradients(ctx: Any, d_y_TD: Tensor | None, _: Tensor | None) -> tuple[Any, 
     x_TD, share_TK, gate_up_EDF, down_EFD, gate_up_AF, *tables = ctx.saved_tensors
     if d_y_TD is None:
         return None, None, [None] * len(tables), None, None, None, [None, None], None
-    d_x_TD, d_share_TK, *d_weights = _backward(
+    d_x_TD, d_share_TK, *d_weights = torch.ops.moestro.experts_backward(
         d_y_TD.to(x_TD.dtype).contiguous(), x_TD, share_TK, tables, ctx.rows, gate_up_EDF, down_EFD, gate_up_AF,
         ctx.dtype, ctx.weights_too,
     )  # fmt: skip
@@ -120,7 +133,7 @@ def _gradients(ctx: Any, d_y_TD: Tensor | None, _: Tensor | None) -> tuple[Any, 
     return d_x_TD, d_share_TK, [None] * len(tables), None, None, None, masters, None
 
 
-_experts.register_autograd(_gradients, setup_context=_remember)
+torch.library.register_autograd("moestro::experts", _gradients, setup_context=_remember)
 
 
 def triton_experts(
@@ -137,7 +150,7 @@ def triton_experts(
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, share_TK, *masters))
     casts = [master.detach().to(x_TD.dtype) for master in masters]
     tables = [tiles.source_A, tiles.row_A, tiles.offset_X, tiles.tile_2M, tiles.busiest_E]
-    y_TD, _ = _experts(
+    y_TD, _ = torch.ops.moestro.experts(
         x_TD.contiguous(), share_TK.float().contiguous(), tables, tiles.rows, *casts, masters,
         learns and keep == "product",
     )  # fmt: skip
