@@ -24,14 +24,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moestro.nn.kernels.gpu import combine, products, sort, weight_gradient
+from moestro.nn.kernels.gpu import combine, products, routing, sort, weight_gradient
 from moestro.nn.kernels.gpu.blocks import CANDIDATES, EXACT, Blocks
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-SIGNATURES: dict[str, str] = {
-    "expert_ptr": "*i64", "count_ptr": "*i32", "total_ptr": "*i32", "offset_ptr": "*i32", "tile_ptr": "*i32",
-    "busiest_ptr": "*i32", "source_ptr": "*i32", "row_ptr": "*i32", "share_ptr": "*fp32", "part_ptr": "*fp32",
-}  # fmt: skip
+INTEGERS = ("count", "total", "offset", "tile", "busiest", "source", "row", "second", "histogram")
+REALS = ("share", "part", "logit", "bias", "threshold", "gap", "block", "seen", "number", "d_loss", "d_logit", "weight")
+REALS += ("d_weight",)
+SIGNATURES = {f"{name}_ptr": "*i32" for name in INTEGERS} | {f"{name}_ptr": "*fp32" for name in REALS}
+SIGNATURES |= {"expert_ptr": "*i64", "used_ptr": "*i64", "aux": "fp32", "z": "fp32"}
 """Types of arguments that do not depend on the tensors' type."""
 Case = tuple[str, Any, dict[str, Any], Blocks | None]
 
@@ -69,14 +70,21 @@ def other_cases(shape: tuple[int, int, int]) -> Iterator[Case]:
     yield "sum_chunks", sort.sum_chunks, {"BINS": bins, "WIDE": 16, "HIGH": 128}, None
     yield "list_tiles", sort.list_tiles, {"ROWS": 128, "BINS": bins, "STEP": 128}, None
     yield "place_rows", sort.place_rows, {"CHUNK": sort.CHUNK, "BINS": bins}, None
+    wide = triton.next_power_of_2(shape[2])
+    router: dict[str, Any] = {"EXPERTS": shape[2], "WIDE": wide, "SLOTS": 8, "ROWS": max(4096 // wide, 1), "SOFTMAX": True}
+    router |= {"BIASED": False, "GAP": False, "MODE": routing.MODES["renormalise"], "WEIGHT_SCALE": 1.0}
+    yield "route_tokens topk", routing.route_tokens, router, None
+    gap = {"SLOTS": 2, "GAP": True, "MODE": routing.MODES["pair"], "BIASED": True}
+    yield "route_tokens gap", routing.route_tokens, router | gap, None
+    back = {key: router[key] for key in router if key not in ("BIASED", "GAP")}
+    yield "route_backward", routing.route_backward, back, None
+    yield "sum_blocks", routing.sum_blocks, {"EXPERTS": shape[2], "WIDE": wide, "HIGH": max(4096 // wide, 1)}, None
     yield "combine_slots", combine.combine_slots, {"WIDTH": shape[0], "SLOTS": 8, "COLUMNS": 2048}, Blocks(0, 0)
     yield "sum_parts", combine.sum_parts, {"BLOCK": 512}, None
 
 
 def argument_type(name: str, constants: dict[str, Any], dtype: str) -> str:
     """The type of one kernel argument as the compiler writes it."""
-    if name in SIGNATURES:
-        return SIGNATURES[name]
     if name in ("a", "weight", "gate_up"):
         if not constants["TMA"]:
             return f"*{dtype}"
@@ -92,15 +100,14 @@ def examine(case: Case, chip: int, dtype: str) -> dict[str, Any]:
     """Compile one kernel and count."""
     name, kernel, constants, blocks = case
     begun_s = time.perf_counter()
+    types = SIGNATURES | ({"count_ptr": "*fp32"} if kernel is routing.sum_blocks else {})
     plain = [n for n in kernel.arg_names if n not in constants]
-    signature = {n: argument_type(n, constants, dtype) for n in plain} | dict.fromkeys(constants, "constexpr")
+    signature = {n: types.get(n) or argument_type(n, constants, dtype) for n in plain} | dict.fromkeys(constants, "constexpr")
     signature = {n: signature[n] for n in kernel.arg_names}
     aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in plain if signature[n].startswith("*")}
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages} if blocks else {}
     source = ASTSource(kernel, signature, constants, aligned)
     built = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    if folder := os.environ.get("GPU_CODE_PTX"):
-        Path(folder, f"{name}-{blocks.columns if blocks else 0}.ptx").write_text(built.asm["ptx"])
     registers, spilled = resources(built.asm["ptx"], chip)
     shown = f"{blocks.columns}x{blocks.inner} w{blocks.warps} s{blocks.stages}" if blocks and blocks.columns else ""
     return {
@@ -132,7 +139,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
     parser.add_argument("--shape", default="2048,768,128", help="width, expert width, experts")
     parser.add_argument("--kernel", default="", help="only those whose name has this in it")
-    parser.add_argument("--ptx", help="write the code of every kernel into this folder")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     width, hidden, experts = (int(part) for part in options.shape.split(","))
