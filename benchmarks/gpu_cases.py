@@ -188,7 +188,7 @@ def transformers_with(implementation: str) -> Callable[[Tensor, Tensor], Peer]:
     """transformers' experts on the device of the weights."""
 
     def make(gate_up_EDF: Tensor, down_EFD: Tensor) -> Peer:
-        with torch.device("meta"):
+        with torch.device(gate_up_EDF.device):
             return transformers_experts(implementation)(gate_up_EDF, down_EFD)
 
     return make

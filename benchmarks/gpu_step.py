@@ -28,7 +28,7 @@ ONE_BILLION = {
 }  # fmt: skip
 """1.1 B of 2.8 B parameters are used per token; weights, moments and gradients in float32 are 45 GB."""
 TINY = {
-    "num_layers": 2, "width": 32, "vocab_size": 64, "attention": {"num_heads": 2},
+    "num_layers": 2, "width": 32, "vocab_size": 512, "attention": {"num_heads": 2},
     "moe": {"num_experts": 4, "expert_width": 32, "router": {"rule": "topk", "k": 2}},
 }  # fmt: skip
 
@@ -36,7 +36,8 @@ TINY = {
 def time_routing(device: str, say: Say, clock: Callable[[list[Callable[[], Any]]], float]) -> list[dict[str, Any]]:
     """The router after its linear map, fused and in plain torch: forward and backward."""
     cases = [(64, 8, 4, "topk", 2)] if device == "cpu" else [
-        (32768, 2048, 128, "topk", 8), (32768, 2048, 512, "topk", 10), (16384, 4096, 8, "topk", 2), (8192, 1024, 16, "gap", 2),
+        (32768, 2048, 128, "topk", 8), (32768, 2048, 512, "topk", 10), (16384, 4096, 8, "topk", 2),
+        (8192, 1024, 16, "gap", 2),
     ]  # fmt: skip
     rows = []
     for tokens, width, experts, rule, k in cases:
@@ -60,9 +61,14 @@ def time_routing(device: str, say: Say, clock: Callable[[list[Callable[[], Any]]
 def make_trainer(device: str) -> Trainer:
     """The model on random tokens."""
     toy = device == "cpu"
-    train = {"steps": 100, "length": 16 if toy else 2048, "sequences": 4 if toy else 16, "micro_batches": 1 if toy else 4}
+    train = {
+        "steps": 100,
+        "length": 16 if toy else 2048,
+        "sequences": 4 if toy else 16,
+        "micro_batches": 1 if toy else 4,
+    }
     table = {"model": TINY if toy else ONE_BILLION, "train": train | {"device": device}}
-    token_N = np.random.default_rng(0).integers(0, 64 if toy else 32000, 2_000_000).astype(np.uint16)
+    token_N = np.random.default_rng(0).integers(0, 512 if toy else 32000, 2_000_000).astype(np.uint16)
     tokens = TokenFile(token_N, len(token_N), ["random"], [0])
     return Trainer(build(Recipe, table), TokenData(tokens, tokens, ByteTokenizer(), {}))
 
@@ -92,6 +98,7 @@ def time_step(device: str, say: Say, steps: int) -> dict[str, Any]:
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     say(
         f"\nwhole step: {found['active'] / 1e9:.2f} B of {found['parameters'] / 1e9:.2f} B parameters active, "
-        f"{train.tokens_per_step} tokens: {step_s:.3f} s, {found['tflop_per_s']:.0f} TFLOP/s, MFU {found['mfu']:.1%} (aim 40 %)"
+        f"{train.tokens_per_step} tokens: {step_s:.3f} s, {found['tflop_per_s']:.0f} TFLOP/s, "
+        f"MFU {found['mfu']:.1%} (aim 40 %)"
     )
     return found

@@ -34,8 +34,18 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # runs where moestro is not installed
 
-from gpu_cases import CONTESTANTS, LOADS, SHAPES, TOY, VARIABLE_K, Peer, Shape
-from gpu_cases import dense_products, draw_routing, draw_weights
+from gpu_cases import (
+    CONTESTANTS,
+    LOADS,
+    SHAPES,
+    TOY,
+    VARIABLE_K,
+    Peer,
+    Shape,
+    dense_products,
+    draw_routing,
+    draw_weights,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
@@ -168,7 +178,6 @@ def compile_shape(index: int) -> None:
 
     shape = SHAPES[index]
     small = Shape(256, shape.width, shape.hidden, shape.experts, shape.slots)
-    weights = [torch.empty(1, device=DEVICE, dtype=DTYPE) for _ in range(2)]
     weights = list(draw_weights(small, DEVICE))
     x_TD = torch.randn(small.tokens, small.width, device=DEVICE, dtype=DTYPE)
     expert_TK, weight_TK = draw_routing(small, "balanced", 0, DEVICE)
@@ -195,7 +204,7 @@ def compile_all(shapes: list[int]) -> float:
 
 
 def check(report: Report) -> None:
-    """Every contestant against float64, values and gradients, on fresh random inputs; ours also with poisoned memory."""
+    """Every contestant against float64, values and gradients, on fresh inputs; ours also with poisoned memory."""
     shape = TOY[0] if DEVICE == "cpu" else Shape(1024, 256, 384, 16, 2)
     rows: dict[str, Any] = {}
     for load in ("balanced", "zipf"):
@@ -205,6 +214,7 @@ def check(report: Report) -> None:
         exact = [w.double().requires_grad_() for w in draw_weights(shape, DEVICE)]
         right = reference(x_TD.double(), expert_TK, weight_TK.double(), *exact, d_y_TD.double())
         for name, peer in make_contestants(shape, report).items():
+
             def errors(peer: Peer = peer) -> list[float]:
                 x, w = x_TD.clone().requires_grad_(), weight_TK.clone().requires_grad_()
                 y = peer.layer(x, expert_TK, w)
@@ -249,22 +259,26 @@ def time_shape(shape: Shape, report: Report, rounds: int) -> list[Row]:
     """All contestants under all loads."""
     rows: list[Row] = []
     report.say(f"\n{shape.name}   {shape.flops / 1e12:.2f} TFLOP forward")
-    blocks = report.attempt(f"tuning {shape.name}", lambda: tune_shape(shape))
+    report.found.setdefault("blocks", {})[shape.name] = report.attempt(f"tune {shape.name}", lambda: tune_shape(shape))
     for backward in (False, True):
         work = shape.flops * (3 if backward else 1)
-        dense = report.attempt("dense", lambda: milliseconds([dense_products(shape, DEVICE, DTYPE, backward)] * rounds))  # noqa: B023
+        dense = report.attempt("dense", lambda: milliseconds([dense_products(shape, DEVICE, DTYPE, backward)] * rounds))
         if dense:
             rows.append({"shape": shape.name, "load": "", "way": "dense products", "backward": backward, "ms": dense})
-            report.say(f"  {'dense products':32s} {'f+b' if backward else 'fwd'} {dense:9.3f} ms {work / dense / 1e9:7.0f} TFLOP/s")
+            report.say(
+                f"  {'dense products':32s} {'f+b' if backward else 'fwd'} {dense:9.3f} ms "
+                f"{work / dense / 1e9:7.0f} TFLOP/s"
+            )
     peers = make_contestants(shape, report)
     for name, peer in peers.items():
-        kept = report.attempt(f"{name} memory", lambda: memory_mib(peer, shape))  # noqa: B023
+        kept = report.attempt(f"{name} memory", lambda: memory_mib(peer, shape))
         for load in LOADS:
-            row: Row = {"shape": shape.name, "load": load, "way": name, "memory_mib": kept, "blocks": blocks}
+            row: Row = {"shape": shape.name, "load": load, "way": name, "memory_mib": kept}
             for backward in (False, True):
                 key = "forward_backward_ms" if backward else "forward_ms"
                 row[key] = report.attempt(
-                    f"{name} {load}", lambda: milliseconds(passes(peer, shape, load, rounds, backward))  # noqa: B023
+                    f"{name} {load}",
+                    lambda: milliseconds(passes(peer, shape, load, rounds, backward)),
                 )
             rows.append(row)
             report.say(line(shape, row))
@@ -276,9 +290,14 @@ def time_shape(shape: Shape, report: Report, rounds: int) -> list[Row]:
 def line(shape: Shape, row: Row) -> str:
     """One contestant under one load."""
     times = [row["forward_ms"], row["forward_backward_ms"]]
-    text = "  ".join("     –          " if ms is None else f"{ms:9.3f} ms {n * shape.flops / ms / 1e9:5.0f}" for ms, n in zip(times, (1, 3), strict=True))
+    text = "  ".join(
+        "     -          " if ms is None else f"{ms:9.3f} ms {n * shape.flops / ms / 1e9:5.0f}"
+        for ms, n in zip(times, (1, 3), strict=True)
+    )
     kept = row["memory_mib"]
-    return f"  {row['way']:30s} {row['load']:9s} {text} TFLOP/s" + (f"   kept {kept[0]:.0f} peak {kept[1]:.0f} MiB" if kept else "")
+    return f"  {row['way']:30s} {row['load']:9s} {text} TFLOP/s" + (
+        f"   kept {kept[0]:.0f} peak {kept[1]:.0f} MiB" if kept else ""
+    )
 
 
 def verdicts(rows: list[Row], report: Report) -> None:
@@ -294,16 +313,30 @@ def verdicts(rows: list[Row], report: Report) -> None:
     report.say("\naims, forward+backward unless said: ratios")
     for shape in dict.fromkeys(row["shape"] for row in rows):
         own = ms(shape, "moestro triton")
-        dense = next((r["ms"] for r in rows if r["shape"] == shape and r["way"] == "dense products" and r["backward"]), None)
-        others = [t for r in rows if r["shape"] == shape and r["way"].startswith("transformers") and r["load"] == "balanced" and (t := r.get("forward_backward_ms"))]
+        dense = next(
+            (r["ms"] for r in rows if r["shape"] == shape and r["way"] == "dense products" and r["backward"]), None
+        )
+        others = [
+            t
+            for r in rows
+            if r["shape"] == shape
+            and r["way"].startswith("transformers")
+            and r["load"] == "balanced"
+            and (t := r.get("forward_backward_ms"))
+        ]
         memory = {r["way"]: r["memory_mib"][0] for r in rows if r["shape"] == shape and r.get("memory_mib")}
         found[shape] = {
-            "forward, grouped_mm / ours (>= 1.5)": ratio(ms(shape, "sort + grouped_mm + index_add", key="forward_ms"), ms(shape, "moestro triton", key="forward_ms")),
+            "forward, grouped_mm / ours (>= 1.5)": ratio(
+                ms(shape, "sort + grouped_mm + index_add", key="forward_ms"),
+                ms(shape, "moestro triton", key="forward_ms"),
+            ),
             "transformers / ours (>= 1.3)": ratio(min(others, default=None), own),
             "torchtitan-style / ours (>= 1.15)": ratio(ms(shape, "torchtitan-style"), own),
             "dense / ours (>= 0.7, fine-grained 0.5)": ratio(dense, own),
             "zipf / balanced (<= 1.1)": ratio(ms(shape, "moestro triton", "zipf"), own),
-            "kept memory, ours / torchtitan-style (<= 0.7)": ratio(memory.get("moestro triton"), memory.get("torchtitan-style")),
+            "kept memory, ours / torchtitan-style (<= 0.7)": ratio(
+                memory.get("moestro triton"), memory.get("torchtitan-style")
+            ),
         }
         report.say(f"  {shape}: " + ", ".join(f"{name} {value}" for name, value in found[shape].items() if value))
     variable = next((s for s in SHAPES + TOY if s.mean_k), None)
@@ -322,7 +355,9 @@ def ceilings(report: Report) -> None:
     target = torch.empty_like(source)
     product, copy = milliseconds([lambda: left @ right] * 8), milliseconds([lambda: target.copy_(source)] * 8)
     found = {"tflop_per_s": 2 * size**3 / product / 1e9, "tb_per_s": 2 * source.nbytes / copy / 1e9}
-    report.say(f"{report.found['device']}: product {found['tflop_per_s']:.0f} TFLOP/s, copy {found['tb_per_s']:.2f} TB/s")
+    report.say(
+        f"{report.found['device']}: product {found['tflop_per_s']:.0f} TFLOP/s, copy {found['tb_per_s']:.2f} TB/s"
+    )
     report.keep("ceilings", found)
 
 
@@ -353,12 +388,12 @@ def main() -> None:
     rows: list[Row] = []
     if "layer" in stages:
         for shape in shapes:
-            rows += report.attempt(shape.name, lambda: time_shape(shape, report, options.rounds)) or []  # noqa: B023
+            rows += report.attempt(shape.name, lambda: time_shape(shape, report, options.rounds)) or []
             report.keep("rows", rows)
         verdicts(rows, report)
     for stage in ("routing", "step"):
         if stage in stages:
-            report.keep(stage, report.attempt(stage, lambda: extra(stage, report, options.quick)))  # noqa: B023
+            report.keep(stage, report.attempt(stage, lambda: extra(stage, report, options.quick)))
     report.keep("seconds_left", round(report.end_s - time.monotonic()))
     print(json.dumps(report.found))
 

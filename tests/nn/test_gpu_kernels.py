@@ -43,7 +43,9 @@ def poisoned() -> Iterator[None]:
     torch._C._set_deterministic_algorithms(False)
 
 
-def value_and_gradients(experts: Experts, x: Tensor, weight: Tensor, expert: Tensor, d_y: Tensor, path: Any) -> list[Tensor]:
+def value_and_gradients(
+    experts: Experts, x: Tensor, weight: Tensor, expert: Tensor, d_y: Tensor, path: Any
+) -> list[Tensor]:
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     order = sort_by_expert(expert, experts.num_experts, tiled=path == "triton")
     y = experts(x, weight, order, path)
@@ -200,7 +202,7 @@ def test_a_layer_computes_by_it_from_end_to_end() -> None:
 
 @pytest.mark.slow
 def test_the_operators_are_what_autograd_and_compile_expect() -> None:
-    experts, (x, weight, expert, d_y) = drawn(3), draw_case(5, torch.arange(10).view(5, 2) % 3)
+    experts, (x, weight, expert, _) = drawn(3), draw_case(5, torch.arange(10).view(5, 2) % 3)
     torch.library.opcheck(torch.ops.moestro.sort_places, (expert, 3, 16))
     tiles = sort_tiles(expert, 3)
     tables = [tiles.source_A, tiles.row_A, tiles.offset_X, tiles.tile_2M, tiles.busiest_E]

@@ -1,4 +1,4 @@
-"""The router's Triton kernels equal the plain router, values and gradients; in the interpreter where there is no GPU."""
+"""The router's Triton kernels equal the plain router, values and gradients; interpreted where there is no GPU."""
 
 import os
 from typing import Any
@@ -38,7 +38,9 @@ def test_the_fused_router_equals_the_plain_one(fields: dict[str, Any]) -> None:
     for fused in (False, True):
         router.fused = fused
         choice, record = router(x_TD)
-        value = (choice.weight_TK * torch.linspace(1, 2, choice.weight_TK.numel(), device=DEVICE).view_as(choice.weight_TK)).sum()
+        value = (
+            choice.weight_TK * torch.linspace(1, 2, choice.weight_TK.numel(), device=DEVICE).view_as(choice.weight_TK)
+        ).sum()
         gradients = torch.autograd.grad(value + 3 * record.loss, [x_TD, router.weight_ED])
         found.append([choice.weight_TK, record.loss, record.balance, record.entropy, record.count_E, *gradients])
         found[-1] += [choice.expert_TK, record.experts_T] + ([record.decision_B] if router.steered else [])

@@ -30,7 +30,7 @@ def sum_parts(part_ptr, row_ptr, out_ptr, places, parts, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_ptr + place, mask=place < places, other=-1)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for part in range(0, parts):
+    for _ in range(0, parts):
         total += tl.load(part_ptr + row, mask=row >= 0, other=0.0)
         part_ptr += places
     tl.store(out_ptr + place, total, mask=place < places)

@@ -4,9 +4,9 @@
     d_y_TD -> act_backward -> rows_product -> combine_slots -> d_x_TD
               both weight_gradients, sum_parts -> d_share_TK
 
-Kept for the way back: x and the gate-up product, D + 2 K F numbers a token. Activations are made again from it, gathered
-rows are never stored, and combined rows are dropped. With `keep="input"` only x is kept and the first product is done
-again. Gradients come out in the type of the weights given as `masters`, float32 sums without a detour over bfloat16.
+Kept for the way back: x and the gate-up product, D + 2 K F numbers a token. Activations are made again from it,
+gathered rows are never stored, and combined rows are dropped. With `keep="input"` only x is kept and the first
+product is done again. Gradients come out in the type of the weights given as `masters`, float32 sums without a detour over bfloat16.
 
 Dimension key:  T tokens   K slots   A = T*K places   D width   F expert width (2F columns in gate_up)   E experts
 """
@@ -21,7 +21,6 @@ from moestro.nn.kernels.gpu.blocks import tile_rows
 from moestro.nn.kernels.gpu.interpreter import repair
 from moestro.nn.kernels.gpu.sort import sort_places
 from moestro.nn.kernels.gpu.tiles import Tiles
-
 
 torch.library.define("moestro::sort_places", "(Tensor expert, int num_experts, int rows) -> Tensor[]")
 torch.library.define(

@@ -110,7 +110,7 @@ def act_backward(
 def weight_gradients(
     left_XI: Tensor, right_XO: Tensor, tiles: Tiles, gather_left: bool, dtype: torch.dtype, blocks: Blocks
 ) -> Tensor:
-    """left[rows of e]^T right[rows of e] for every expert, in `dtype`; the side that is gathered has a row per token."""
+    """left[rows of e]^T right[rows of e] for every expert, in `dtype`; the gathered side has a row per token."""
     num_experts, inside, outside = tiles.busiest_E.numel(), left_XI.shape[1], right_XO.shape[1]
     out_EIO = torch.empty(num_experts, inside, outside, dtype=dtype, device=left_XI.device)
     programs = num_experts * triton.cdiv(inside, blocks.high) * triton.cdiv(outside, blocks.columns)

@@ -16,8 +16,10 @@ from moestro.nn.kernels.gpu import interpreted, routing
 from moestro.nn.kernels.gpu.interpreter import repair
 from moestro.nn.routing_budget import BINS
 
-ELEMENTS = 4096
+ELEMENTS = 1024
 """Scores that one program holds."""
+PROGRAMS = 264
+"""Two for each multiprocessor of a Hopper GPU; fixed, so that sums do not depend on the GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def _route(
 ) -> list[Tensor]:  # fmt: skip
     tokens, experts = logit_TE.shape
     wide, rows = _sizes(experts)
-    blocks = triton.cdiv(tokens, rows)
+    blocks = min(triton.cdiv(tokens, rows), PROGRAMS)
     made = [logit_TE.new_empty(shape, dtype=dtype) for shape, dtype in _shapes(tokens, experts, slots, gap)[:8]]
     expert_TK, weight_TK, used_T, gap_T, second_T, decision_B, count_E, share_E = made
     decision_B.zero_()
@@ -80,12 +82,13 @@ def _route(
     if tokens:
         routing.route_tokens[(blocks,)](
             logit_TE, bias_E, threshold, expert_TK, weight_TK, used_T, gap_T, second_T, decision_B, block_X, tokens,
+            blocks,
             EXPERTS=experts, WIDE=wide, SLOTS=slots, ROWS=rows, SOFTMAX=softmax, BIASED=biased, GAP=gap, MODE=mode,
             WEIGHT_SCALE=scale,
         )  # fmt: skip
     routing.sum_blocks[(1,)](
         block_X, seen_E, count_E, share_E, number_3, blocks, tokens, aux, z,
-        EXPERTS=experts, WIDE=wide, HIGH=max(min(ELEMENTS // wide, 64), 1),
+        EXPERTS=experts, WIDE=wide, HIGH=max(min(4096 // wide, 64), 1),
     )  # fmt: skip
     return [*made, *(number.clone() for number in number_3.unbind())]
 
@@ -155,6 +158,4 @@ def route(
         logit_TE.contiguous(), seen_E if bias_E is None else bias_E, threshold, seen_E, slots, softmax,
         bias_E is not None, gap, routing.MODES[weights], scale, aux, z,
     )  # fmt: skip
-    return Routed(
-        expert_TK, weight_TK, used_T, gap_T, decision_B, count_E, loss, balance.detach(), entropy.detach()
-    )
+    return Routed(expert_TK, weight_TK, used_T, gap_T, decision_B, count_E, loss, balance.detach(), entropy.detach())

@@ -39,24 +39,22 @@ def load_scores(logit_ptr, token, tokens, EXPERTS: tl.constexpr, WIDE: tl.conste
     return logit, highest + tl.log(total), soft, score
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def route_tokens(
-    logit_ptr, bias_ptr, threshold_ptr, expert_ptr, weight_ptr, used_ptr, gap_ptr, second_ptr, histogram_ptr, block_ptr,
+@triton.jit
+def route_block(
+    block, logit_ptr, bias_ptr, threshold_ptr, expert_ptr, weight_ptr, used_ptr, gap_ptr, second_ptr, histogram_ptr,
     tokens,
     EXPERTS: tl.constexpr, WIDE: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr,
     BIASED: tl.constexpr, GAP: tl.constexpr, MODE: tl.constexpr, WEIGHT_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """One block of tokens; block_ptr gets [2 WIDE + 2]: counts, sums of probabilities, of squared z, of entropies."""
-    block = tl.program_id(0)
+    """Choose for ROWS tokens; returns counts and sums of probabilities by expert, of squared z, and of entropies."""
     token = block * ROWS + tl.arange(0, ROWS)
     live = token < tokens
     column = tl.arange(0, WIDE)[None, :]
-    logit, partition, soft, score = load_scores(logit_ptr, token, tokens, EXPERTS, WIDE, SOFTMAX)
+    logit, partition, _, score = load_scores(logit_ptr, token, tokens, EXPERTS, WIDE, SOFTMAX)
     select = score
     if BIASED:
         select += tl.load(bias_ptr + column, mask=column < EXPERTS, other=0.0)
     select = tl.where(column < EXPERTS, select, float("-inf"))
-    count = tl.zeros([WIDE], dtype=tl.float32)
     target = token.to(tl.int64) * SLOTS
     if GAP:
         first = tl.minimum(tl.argmax(select, axis=1), EXPERTS - 1)
@@ -106,12 +104,37 @@ def route_tokens(
     probability = score if SOFTMAX else score / tl.maximum(tl.sum(score, axis=1), 1e-12)[:, None]
     probability = tl.where(live[:, None], probability, 0.0)
     entropy = -tl.sum(probability * tl.log(tl.maximum(probability, 1e-20)), axis=1)
-    count += tl.sum(tl.where(live[:, None], chosen, 0.0), axis=0)
-    out = block_ptr + block * (2 * WIDE + 2)
+    count = tl.sum(tl.where(live[:, None], chosen, 0.0), axis=0)
+    squared = tl.sum(tl.where(live, partition * partition, 0.0), axis=0)
+    return count, tl.sum(probability, axis=0), squared, tl.sum(entropy, axis=0)
+
+
+@triton.jit(do_not_specialize=["tokens", "programs"])
+def route_tokens(
+    logit_ptr, bias_ptr, threshold_ptr, expert_ptr, weight_ptr, used_ptr, gap_ptr, second_ptr, histogram_ptr, block_ptr,
+    tokens, programs,
+    EXPERTS: tl.constexpr, WIDE: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr,
+    BIASED: tl.constexpr, GAP: tl.constexpr, MODE: tl.constexpr, WEIGHT_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Every so many'th block of tokens; block_ptr gets [2 WIDE + 2]: counts, probabilities, squared z, entropy."""
+    count = tl.zeros([WIDE], dtype=tl.float32)
+    probability = tl.zeros([WIDE], dtype=tl.float32)
+    squared = 0.0
+    entropy = 0.0
+    for block in range(tl.program_id(0), tl.cdiv(tokens, ROWS), programs):
+        more_count, more_probability, more_squared, more_entropy = route_block(
+            block, logit_ptr, bias_ptr, threshold_ptr, expert_ptr, weight_ptr, used_ptr, gap_ptr, second_ptr,
+            histogram_ptr, tokens, EXPERTS, WIDE, SLOTS, ROWS, SOFTMAX, BIASED, GAP, MODE, WEIGHT_SCALE,
+        )  # fmt: skip
+        count += more_count
+        probability += more_probability
+        squared += more_squared
+        entropy += more_entropy
+    out = block_ptr + tl.program_id(0) * (2 * WIDE + 2)
     tl.store(out + tl.arange(0, WIDE), count)
-    tl.store(out + WIDE + tl.arange(0, WIDE), tl.sum(probability, axis=0))
-    tl.store(out + 2 * WIDE, tl.sum(tl.where(live, partition * partition, 0.0), axis=0))
-    tl.store(out + 2 * WIDE + 1, tl.sum(entropy, axis=0))
+    tl.store(out + WIDE + tl.arange(0, WIDE), probability)
+    tl.store(out + 2 * WIDE, squared)
+    tl.store(out + 2 * WIDE + 1, entropy)
 
 
 @triton.jit(do_not_specialize=["blocks", "tokens"])
@@ -154,7 +177,7 @@ def route_backward(
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = token < tokens
     column = tl.arange(0, WIDE)[None, :]
-    logit, partition, soft, score = load_scores(logit_ptr, token, tokens, EXPERTS, WIDE, SOFTMAX)
+    _, partition, soft, score = load_scores(logit_ptr, token, tokens, EXPERTS, WIDE, SOFTMAX)
     d_loss = tl.load(d_loss_ptr)
     d_chosen = tl.zeros([ROWS, WIDE], dtype=tl.float32)
     chosen = tl.zeros([ROWS, WIDE], dtype=tl.float32)
@@ -168,7 +191,9 @@ def route_backward(
         d_chosen += tl.where(here, d_weight[:, None] * WEIGHT_SCALE, 0.0)
         chosen += here.to(tl.float32)
     if MODE == PAIR:  # the sum is of the two best, taken or not
-        chosen = (column == tl.load(expert_ptr + token.to(tl.int64) * SLOTS, mask=live, other=0)[:, None]).to(tl.float32)
+        chosen = (column == tl.load(expert_ptr + token.to(tl.int64) * SLOTS, mask=live, other=0)[:, None]).to(
+            tl.float32
+        )
         chosen += (column == tl.load(second_ptr + token, mask=live, other=0)[:, None]).to(tl.float32)
     whole = tl.sum(chosen * score, axis=1) + 1e-20
     if MODE == KEEP:

@@ -40,7 +40,7 @@ def trials(
 def tune(
     x_TD: Tensor, share_TK: Tensor, tiles: Tiles, gate_up_EDF: Tensor, down_EFD: Tensor, clock: Clock
 ) -> dict[Kernel, list[float]]:
-    """Milliseconds of every candidate of every kernel; inf where one does not fit this GPU. Winners are in use after."""
+    """Milliseconds of every candidate of every kernel; inf where one does not fit. Winners are in use afterwards."""
     found: dict[Kernel, list[float]] = {}
     for kernel, launch_with in trials(x_TD, share_TK, tiles, gate_up_EDF, down_EFD).items():
         times = []
