@@ -4,7 +4,8 @@
 
 The recipes are h200-top2 and h200-gap unless others are given. The first trains for its steps. The second gets as many
 as fit into the same time: both are timed before, the second at its final budget, as it takes two experts at first.
-Seconds are those of steps; evaluations do not count. MFU is that of the last tenth of steps, over the bf16 rate of H100 and H200 (989 TFLOP/s).
+Seconds are those of steps; evaluations do not count. MFU is that of the last tenth of steps, over the bf16 rate of H100
+and H200 (989 TFLOP/s).
 
 Writes FOLDER/curves.json and prints a table, then one JSON line.
 """

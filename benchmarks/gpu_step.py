@@ -58,8 +58,8 @@ def time_routing(device: str, say: Say, clock: Callable[[list[Callable[[], Any]]
     return rows
 
 
-def make_trainer(device: str) -> Trainer:
-    """The model on random tokens."""
+def make_trainer(device: str, parts: int) -> Trainer:
+    """The model on random tokens; a step is cut into `parts`."""
     toy = device == "cpu"
     train = {
         "steps": 100,
@@ -73,12 +73,22 @@ def make_trainer(device: str) -> Trainer:
     return Trainer(build(Recipe, table), TokenData(tokens, tokens, ByteTokenizer(), {}))
 
 
-def time_step(device: str, say: Say, steps: int) -> dict[str, Any]:
-    """Seconds of a step and its share of the card's product rate."""
-    trainer = make_trainer(device)
-    spec, train = trainer.model.spec, trainer.recipe.train
+def warmed_trainer(device: str, parts: int) -> Trainer:
+    """After steps that compile, measure paths and reach the allocator's size."""
+    trainer = make_trainer(device, parts)
     for _ in range(3):
         trainer.run_step()
+    return trainer
+
+
+def time_step(device: str, say: Say, steps: int) -> dict[str, Any]:
+    """Seconds of a step and its share of the card's product rate."""
+    try:
+        trainer = warmed_trainer(device, 4)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        trainer = warmed_trainer(device, 8)
+    spec, train = trainer.model.spec, trainer.recipe.train
     if device == "cuda":
         torch.cuda.synchronize()
     begun_s = time.perf_counter()
@@ -91,6 +101,7 @@ def time_step(device: str, say: Say, steps: int) -> dict[str, Any]:
     flops = (6 * trainer.active_parameters + attention) * train.tokens_per_step
     found = {
         "parameters": trainer.parameters, "active": round(trainer.active_parameters), "tokens": train.tokens_per_step,
+        "micro_batches": train.micro_batches,
         "step_s": step_s, "tflop_per_s": flops / step_s / 1e12, "mfu": flops / step_s / PEAK_FLOP_PER_S,
         "parts_s": {name: getattr(results[-1], name) for name in ("data_s", "forward_s", "backward_s", "update_s")},
     }  # fmt: skip

@@ -41,8 +41,8 @@ Case = tuple[str, Any, dict[str, Any], Blocks | None]
 
 def product_cases(shape: tuple[int, int, int], chip: int, every: bool, dtype: str) -> Iterator[Case]:
     """Kernel, constants and blocks of every product."""
-    width, hidden, experts = shape
-    tma, sizes = chip >= 90, {"WIDTH": width, "HIDDEN": hidden, "EXPERTS": experts}
+    width, hidden, _ = shape
+    tma, sizes = chip >= 90, {"WIDTH": width, "HIDDEN": hidden}
     for name, candidates in CANDIDATES.items():
         chosen = [EXACT] if dtype == "fp32" else candidates if every else candidates[:1]
         for blocks in chosen:
@@ -55,7 +55,7 @@ def product_cases(shape: tuple[int, int, int], chip: int, every: bool, dtype: st
                     yield name, products.act_backward, common | sizes, blocks
                 case "down" | "d_x":
                     inside, outside = (hidden, width) if name == "down" else (2 * hidden, width)
-                    more = {"INSIDE": inside, "OUTSIDE": outside, "EXPERTS": experts, "TRANSPOSED": name == "d_x"}
+                    more = {"INSIDE": inside, "OUTSIDE": outside, "TRANSPOSED": name == "d_x"}
                     yield name, products.rows_product, common | more, blocks
                 case _:
                     left = name == "d_gate_up_weight"

@@ -72,7 +72,7 @@ def measured_path(x_TD: Tensor, slots: int, experts: Experts) -> GpuPath:
         if known is None:
             if torch.compiler.is_compiling() or (x_TD.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return paths[0]
-            known = remember(key, measure(x_TD, slots, experts, [path for path in paths if path != "loop"]))
+            known = remember(key, measure(x_TD, slots, experts, paths[:-1] if len(paths) > 2 else paths))
         if "triton" in paths and known.blocks:
             from moestro.nn.kernels.gpu import tune
 

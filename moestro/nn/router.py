@@ -171,7 +171,8 @@ class Router(nn.Module):
     def _fusible(self, x_TD: Tensor) -> bool:
         """True on a GPU where nn/kernels/gpu/routing.py knows the rule and no other rank has to be asked."""
         spec = self.spec
-        known = spec.rule in ("top1", "top2", "topk", "gap") and spec.weights != "ramp"
+        weights = ("keep", "pair") if spec.rule == "gap" else ("keep", "renormalise", "straight")
+        known = spec.rule in ("top1", "top2", "topk", "gap") and spec.weights in weights
         plain = spec.num_groups in (1, spec.groups_per_token) and spec.selection_bias != "quantile"
         alone = not self.training or isinstance(self.peers, Alone)
         return known and plain and alone and spec.aux_scope != "sequence" and x_TD.is_cuda and gpu.usable(x_TD)

@@ -81,7 +81,7 @@ def test_values_and_gradients_equal_the_loop_in_float64(load: str) -> None:
     exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in case]
     right = value_and_gradients(drawn(num_experts, torch.float64), *exact, "loop")
     for mine, wanted in zip(found, right, strict=True):
-        assert relative(mine, wanted) < 1e-6, load
+        assert relative(mine, wanted) < 2e-6, load
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -5,8 +5,8 @@
               both weight_gradients, sum_parts -> d_share_TK
 
 Kept for the way back: x and the gate-up product, D + 2 K F numbers a token. Activations are made again from it,
-gathered rows are never stored, and combined rows are dropped. With `keep="input"` only x is kept and the first
-product is done again. Gradients come out in the type of the weights given as `masters`, float32 sums without a detour over bfloat16.
+gathered rows are never stored, and combined rows are dropped. With `keep="input"` only x is kept and the first product
+is done again. Gradients come out in the type of `masters`: float32 sums without a detour over bfloat16.
 
 Dimension key:  T tokens   K slots   A = T*K places   D width   F expert width (2F columns in gate_up)   E experts
 """

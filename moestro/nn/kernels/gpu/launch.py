@@ -63,8 +63,8 @@ def gate_up_act(
     if places:
         products.gate_up_act[(most * columns,)](
             x_TD, _slices(gate_up_EDF, blocks.inner, blocks.columns, tma), share_TK, tiles.source_A, tiles.offset_X,
-            tiles.tile_2M, gate_up_AF, act_AF, most, tiles.slots,
-            WIDTH=width, HIDDEN=hidden, EXPERTS=num_experts, ROWS=tiles.rows, KEEP=keep, **_options(blocks, tma),
+            tiles.tile_2M, gate_up_AF, act_AF, most, tiles.slots, num_experts,
+            WIDTH=width, HIDDEN=hidden, ROWS=tiles.rows, KEEP=keep, **_options(blocks, tma),
         )  # fmt: skip
     return act_AF, gate_up_AF
 
@@ -80,8 +80,8 @@ def rows_product(a_AI: Tensor, tiles: Tiles, weight: Tensor, transposed: bool, b
     if len(a_AI):
         left = TensorDescriptor.from_tensor(a_AI, [tiles.rows, blocks.inner]) if tma else a_AI
         products.rows_product[(most * triton.cdiv(outside, blocks.columns),)](
-            left, _slices(weight, high, wide, tma), tiles.offset_X, tiles.tile_2M, out_AO, most,
-            INSIDE=inside, OUTSIDE=outside, EXPERTS=num_experts, TRANSPOSED=transposed, ROWS=tiles.rows,
+            left, _slices(weight, high, wide, tma), tiles.offset_X, tiles.tile_2M, out_AO, most, num_experts,
+            INSIDE=inside, OUTSIDE=outside, TRANSPOSED=transposed, ROWS=tiles.rows,
             **_options(blocks, tma),
         )  # fmt: skip
     return out_AO
@@ -102,7 +102,8 @@ def act_backward(
         products.act_backward[(most * columns,)](
             d_y_TD, _slices(down_EFD, blocks.columns, blocks.inner, tma), share_TK, tiles.source_A, tiles.offset_X,
             tiles.tile_2M, kept, d_gate_up_AF, act_AF, part_XA, most, tiles.slots, places,
-            WIDTH=width, HIDDEN=hidden, EXPERTS=num_experts, ROWS=tiles.rows, **_options(blocks, tma),
+            num_experts,
+            WIDTH=width, HIDDEN=hidden, ROWS=tiles.rows, **_options(blocks, tma),
         )  # fmt: skip
     return d_gate_up_AF, act_AF, part_XA
 

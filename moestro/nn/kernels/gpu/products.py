@@ -72,14 +72,14 @@ def place_of(ptr, first_row, first_column, WIDTH: tl.constexpr, ROWS: tl.constex
     return start + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COLUMNS)[None, :]
 
 
-@triton.jit(do_not_specialize=["most_tiles", "slots"])
+@triton.jit(do_not_specialize=["most_tiles", "slots", "experts"])
 def gate_up_act(
-    x_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up_ptr, act_ptr, most_tiles, slots,
-    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up_ptr, act_ptr, most_tiles, slots, experts,
+    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     INNER: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, KEEP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Both halves of the first product for the same rows and columns, then SwiGLU times the routing weight."""
-    num_tiles = tl.load(offset_ptr + EXPERTS + 1)
+    num_tiles = tl.load(offset_ptr + experts + 1)
     num_columns: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     if tl.program_id(0) >= num_tiles * num_columns:
         return
@@ -111,14 +111,14 @@ def gate_up_act(
     tl.store(target, act.to(act_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["most_tiles"])
+@triton.jit(do_not_specialize=["most_tiles", "experts"])
 def rows_product(
-    a, weight, offset_ptr, tile_ptr, out_ptr, most_tiles,
-    INSIDE: tl.constexpr, OUTSIDE: tl.constexpr, EXPERTS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+    a, weight, offset_ptr, tile_ptr, out_ptr, most_tiles, experts,
+    INSIDE: tl.constexpr, OUTSIDE: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out[row] = a[row] @ W[e], or @ W[e]^T where TRANSPOSED."""
-    num_tiles = tl.load(offset_ptr + EXPERTS + 1)
+    num_tiles = tl.load(offset_ptr + experts + 1)
     num_columns: tl.constexpr = (OUTSIDE + COLUMNS - 1) // COLUMNS
     if tl.program_id(0) >= num_tiles * num_columns:
         return
@@ -173,18 +173,18 @@ def swiglu_backward(
     return d_share
 
 
-@triton.jit(do_not_specialize=["most_tiles", "slots", "places"])
+@triton.jit(do_not_specialize=["most_tiles", "slots", "places", "experts"])
 def act_backward(
     d_y_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up, d_gate_up_ptr, act_ptr, part_ptr,
-    most_tiles, slots, places,
-    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    most_tiles, slots, places, experts,
+    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     INNER: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """d_act = d_y W2^T, then back through SwiGLU; act is made again for the gradient of W2.
 
     part_ptr   [column tiles, A]: this tile's part of d_weight of each row, float32
     """
-    num_tiles = tl.load(offset_ptr + EXPERTS + 1)
+    num_tiles = tl.load(offset_ptr + experts + 1)
     num_columns: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
     if tl.program_id(0) >= num_tiles * num_columns:
         return
