@@ -217,6 +217,7 @@ def dense_products(shape: Shape, device: str, dtype: torch.dtype, backward: bool
 
 CONTESTANTS: dict[str, Callable[[Tensor, Tensor], Peer]] = {
     "moestro triton": ours("triton"),
+    "moestro fp8": ours("fp8"),
     "moestro grouped": ours("grouped"),
     "sort + grouped_mm + index_add": sort_and_grouped_mm,
     "torchtitan-style": torchtitan_style,
@@ -226,7 +227,7 @@ CONTESTANTS: dict[str, Callable[[Tensor, Tensor], Peer]] = {
     "ScatterMoE": scattermoe,
     "SonicMoE": sonicmoe,
 }
-VARIABLE_K = ("moestro triton", "moestro grouped", "sort + grouped_mm + index_add")
+VARIABLE_K = ("moestro triton", "moestro fp8", "moestro grouped", "sort + grouped_mm + index_add")
 """Those that take a token with fewer experts than slots."""
 
 __all__ = ["CONTESTANTS", "LOADS", "SHAPES", "TOY", "VARIABLE_K", "Layer", "Peer", "Shape"]

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moestro.nn.kernels.gpu import combine, products, routing, sort, weight_gradient
+from moestro.nn.kernels.gpu import combine, fp8, products, routing, sort, weight_gradient
 from moestro.nn.kernels.gpu.blocks import CANDIDATES, EXACT, Blocks
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
@@ -35,6 +35,19 @@ REALS = ("share", "part", "logit", "bias", "threshold", "gap", "block", "seen", 
 REALS += ("d_weight",)
 SIGNATURES = {f"{name}_ptr": "*i32" for name in INTEGERS} | {f"{name}_ptr": "*fp32" for name in REALS}
 SIGNATURES |= {"expert_ptr": "*i64", "used_ptr": "*i64", "aux": "fp32", "z": "fp32"}
+EIGHT_BITS = {
+    "x_ptr": "*fp8e4nv",
+    "a_ptr": "*fp8e4nv",
+    "d_y_ptr": "*fp8e4nv",
+    "weight": "tensordesc<fp8e4nv[1,128,128]>",
+}
+EIGHT_BITS |= {
+    "gate_up": "tensordesc<{}[128,64]>",
+    "scale_ptr": "*fp32",
+    "x_scale_ptr": "*fp32",
+    "a_scale_ptr": "*fp32",
+}
+EIGHT_BITS |= {"w_scale_ptr": "*fp32", "d_y_scale_ptr": "*fp32"}
 """Types of arguments that do not depend on the tensors' type."""
 Case = tuple[str, Any, dict[str, Any], Blocks | None]
 
@@ -65,6 +78,19 @@ def product_cases(shape: tuple[int, int, int], chip: int, every: bool, dtype: st
                     yield name, weight_gradient.weight_gradient, more, blocks
 
 
+def fp8_cases(shape: tuple[int, int, int]) -> Iterator[Case]:
+    """Products in 8 bits; Hopper only."""
+    width, hidden, _ = shape
+    common = {"ROWS": 128, "GROUP": 8, "TMA": True, "UPCAST": False, "BLOCK": 128}
+    sizes, blocks = {"WIDTH": width, "HIDDEN": hidden}, Blocks(128, 128, stages=4)
+    yield "quantise_rows", fp8.quantise_rows, {"WIDTH": width, "ROWS": 32, "BLOCK": 128}, None
+    weight = {"INSIDE": width, "OUTSIDE": hidden, "TURN": True, "BLOCK": 128}
+    yield "quantise_weight", fp8.quantise_weight, weight, Blocks(0, 0)
+    yield "gate_up fp8", fp8.gate_up_act_fp8, common | sizes | {"KEEP": True}, blocks
+    yield "down fp8", fp8.rows_product_fp8, common | {"INSIDE": hidden, "OUTSIDE": width}, blocks
+    yield "act_backward fp8", fp8.act_backward_fp8, common | sizes, blocks
+
+
 def other_cases(shape: tuple[int, int, int]) -> Iterator[Case]:
     """Sorting and combining."""
     bins = triton.next_power_of_2(shape[2] + 2)
@@ -93,6 +119,8 @@ def other_cases(shape: tuple[int, int, int]) -> Iterator[Case]:
 
 def argument_type(name: str, constants: dict[str, Any], dtype: str) -> str:
     """The type of one kernel argument as the compiler writes it."""
+    if "BLOCK" in constants and name in EIGHT_BITS:
+        return EIGHT_BITS[name].format(dtype)
     if name in ("a", "weight", "gate_up"):
         if not constants["TMA"]:
             return f"*{dtype}"
@@ -108,7 +136,8 @@ def examine(case: Case, chip: int, dtype: str) -> dict[str, Any]:
     """Compile one kernel and count."""
     name, kernel, constants, blocks = case
     begun_s = time.perf_counter()
-    types = SIGNATURES | ({"count_ptr": "*fp32"} if kernel is routing.sum_blocks else {})
+    quantising = {"x_ptr": f"*{dtype}", "out_ptr": "*fp8e4nv"} if name.startswith("quantise") else {}
+    types = SIGNATURES | quantising | ({"count_ptr": "*fp32"} if kernel is routing.sum_blocks else {})
     plain = [n for n in kernel.arg_names if n not in constants]
     signature = {n: types.get(n) or argument_type(n, constants, dtype) for n in plain} | dict.fromkeys(
         constants, "constexpr"
@@ -156,7 +185,8 @@ def main() -> None:
     found = []
     for chip in options.chip or [90]:
         shape = (width, hidden, experts)
-        for case in [*product_cases(shape, chip, options.all, options.dtype), *other_cases(shape)]:
+        cases = [*product_cases(shape, chip, options.all, options.dtype), *other_cases(shape)]
+        for case in cases + (list(fp8_cases(shape)) if chip >= 90 else []):
             if options.kernel not in case[0]:
                 continue
             found.append(examine(case, chip, options.dtype))

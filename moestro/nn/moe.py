@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.core.specs import MoESpec
-from moestro.nn.experts import AnyExperts, Experts, LowRankExperts, Path, takes_grouped
+from moestro.nn.experts import TILED, AnyExperts, Experts, LowRankExperts, Path, takes_grouped
 from moestro.nn.kernels import cpu
 from moestro.nn.path_choice import measured_path
 from moestro.nn.permute import sort_by_expert
@@ -36,7 +36,7 @@ class Local:
 
     def __call__(self, x_TD: Tensor, choice: Choice, experts: AnyExperts, path: Path) -> Tensor:
         """See `Dispatcher`."""
-        tiled, quick = path == "triton", path == "grouped" and x_TD.device.type != "cpu"
+        tiled, quick = path in TILED, path == "grouped" and x_TD.device.type != "cpu"
         order = sort_by_expert(choice.expert_TK, experts.num_experts, tiled, unused_too=quick)
         y_TD: Tensor = experts(x_TD, choice.weight_TK, order, path)
         return y_TD
@@ -63,6 +63,8 @@ class MoE(nn.Module):
     def __init__(self, width: int, spec: MoESpec, path: Path | Literal["auto"] = "auto") -> None:
         super().__init__()
         self.spec, self.path = spec, path
+        self.fp8 = False
+        """Let products in 8 bits be chosen where they are faster."""
         self.router = Router(width, spec.num_experts, spec.router)
         self.experts: AnyExperts = Experts(width, spec) if spec.sharing == "none" else LowRankExperts(width, spec)
         self.shared = FeedForward(width, spec.shared_width) if spec.shared_width else None
@@ -85,6 +87,6 @@ class MoE(nn.Module):
         if own and cpu.has_products(x_TD) and self.experts.down_EFD.dtype == torch.float32:
             return "fused"
         if own and x_TD.device.type == "cuda":
-            return measured_path(x_TD, slots, self.experts)
+            return measured_path(x_TD, slots, self.experts, self.fp8)
         rank = () if own else (self.spec.sharing_rank,)
         return "grouped" if takes_grouped(x_TD, self.experts.width, self.experts.hidden, *rank) else "loop"

@@ -25,11 +25,11 @@ from torch.func import functional_call
 from moestro.core.errors import StorageError
 from moestro.core.files import write_text
 from moestro.core.native import cache_folder
-from moestro.nn.experts import Experts, takes_grouped
+from moestro.nn.experts import TILED, Experts, takes_grouped
 from moestro.nn.kernels import gpu
 from moestro.nn.permute import sort_by_expert
 
-GpuPath = Literal["triton", "grouped", "loop"]
+GpuPath = Literal["triton", "fp8", "grouped", "loop"]
 FEW = 1024
 """Tokens below which launching costs more than computing, and a measurement says little."""
 REPEATS = 5
@@ -37,11 +37,15 @@ SETTLED: dict[str, GpuPath] = {}
 """What this process has looked up."""
 
 
-def possible_paths(x_TD: Tensor, experts: Experts) -> list[GpuPath]:
+def possible_paths(x_TD: Tensor, experts: Experts, fp8: bool = False) -> list[GpuPath]:
     """The paths that take these tensors, the likely fastest first."""
     found: list[GpuPath] = []
     if gpu.takes(x_TD, experts.width, experts.hidden):
         found.append("triton")
+        from moestro.nn.kernels.gpu import launch_fp8
+
+        if fp8 and launch_fp8.takes(x_TD, experts.hidden):
+            found.append("fp8")
     if takes_grouped(x_TD, experts.width, experts.hidden) and x_TD.dtype == torch.bfloat16:
         found.append("grouped")
     return [*found, "loop"]
@@ -61,12 +65,12 @@ class Measured:
         return min((path for path in paths if path in self.ms), key=self.ms.__getitem__, default=paths[0])
 
 
-def measured_path(x_TD: Tensor, slots: int, experts: Experts) -> GpuPath:
-    """The fastest path for these tokens on this device."""
-    paths = possible_paths(x_TD, experts)
+def measured_path(x_TD: Tensor, slots: int, experts: Experts, fp8: bool = False) -> GpuPath:
+    """The fastest path for these tokens on this device; in 8 bits only where `fp8` allows it."""
+    paths = possible_paths(x_TD, experts, fp8)
     if len(paths) == 1 or len(x_TD) < FEW:
         return paths[0]
-    key = key_of(x_TD, slots, experts)
+    key = key_of(x_TD, slots, experts) + (", fp8 too" if "fp8" in paths else "")
     if key not in SETTLED:
         known = remembered().get(key)
         if known is None:
@@ -100,7 +104,7 @@ def measure(x_TD: Tensor, slots: int, experts: Experts, paths: list[GpuPath]) ->
     leaves = [random_TD, weight_TK, *weights.values()]
 
     def run(path: GpuPath) -> None:
-        order = sort_by_expert(expert_TK, experts.num_experts, tiled=path == "triton", unused_too=True)
+        order = sort_by_expert(expert_TK, experts.num_experts, tiled=path in TILED, unused_too=True)
         y_TD = functional_call(experts, weights, (random_TD, weight_TK, order, path))
         torch.autograd.grad(y_TD, leaves, random_TD.detach())
 

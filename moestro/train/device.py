@@ -39,9 +39,9 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def pick_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+def pick_dtype(precision: Literal["auto", "fp32", "bf16", "fp8"], device: torch.device) -> torch.dtype:
     """The type of matrix products; weights stay float32."""
-    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    bf16 = precision in ("bf16", "fp8") or (precision == "auto" and has_fast_bf16(device))
     return torch.bfloat16 if bf16 else torch.float32
 
 

@@ -97,6 +97,7 @@ def _expert_path(device: torch.device) -> list[Finding]:
         why = {
             "fused": "own products, nn/kernels/experts.cpp: fastest there, see benchmarks/moe_layer.py",
             "triton": "GPU kernels are active; from 1,024 tokens on what is measured at a layer's first step decides",
+            "fp8": "asked for, and faster",
             "grouped": cpu.why_no_products(dtype) if device.type == "cpu" else "one launch for all experts",
             "loop": "type or widths that grouped_mm does not take",
         }

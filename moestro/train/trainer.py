@@ -21,6 +21,7 @@ from torch import Tensor
 from moestro.core.errors import ConfigError
 from moestro.core.specs import ModelSpec
 from moestro.nn.decoder import Decoder, parameter_counts
+from moestro.nn.moe import MoE
 from moestro.nn.router import RoutingRecord, read_back
 from moestro.train import checkpoint
 from moestro.train.data import Batches, Streams, TokenData
@@ -77,6 +78,9 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = Decoder(sized(recipe.model, data.tokenizer.vocab_size)).initialise().to(self.device)
         self.model.recompute = train.recompute
+        for module in self.model.modules():
+            if isinstance(module, MoE):
+                module.fp8 = train.precision == "fp8"
         if train.init:
             folder = checkpoint.find_checkpoint(Path(train.init))
             checkpoint.verify(folder)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.nn.kernels.gpu import interpreted, launch
+from moestro.nn.kernels.gpu import interpreted, launch, launch_fp8
 from moestro.nn.kernels.gpu.blocks import tile_rows
 from moestro.nn.kernels.gpu.interpreter import repair
 from moestro.nn.kernels.gpu.sort import sort_places
@@ -25,13 +25,14 @@ from moestro.nn.kernels.gpu.tiles import Tiles
 torch.library.define("moestro::sort_places", "(Tensor expert, int num_experts, int rows) -> Tensor[]")
 torch.library.define(
     "moestro::experts",
-    "(Tensor x, Tensor share, Tensor[] tables, int rows, Tensor gate_up, Tensor down, Tensor[] masters, bool keep) "
+    "(Tensor x, Tensor share, Tensor[] tables, int rows, Tensor gate_up, Tensor down, Tensor[] masters, bool keep, "
+    "bool eight) "
     "-> (Tensor, Tensor)",
 )
 torch.library.define(
     "moestro::experts_backward",
     "(Tensor d_y, Tensor x, Tensor share, Tensor[] tables, int rows, Tensor gate_up, Tensor down, Tensor kept, "
-    "ScalarType dtype, bool weights_too) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType dtype, bool weights_too, bool eight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -55,12 +56,23 @@ def sort_tiles(expert_TK: Tensor, num_experts: int, rows: int = 0) -> Tiles:
     return Tiles(*torch.ops.moestro.sort_places(expert_TK, num_experts, rows), rows=rows, slots=expert_TK.shape[1])
 
 
+def first_product_fp8(x_TD: Tensor, share_TK: Tensor, tiles: Tiles, gate_up_EDF: Tensor, keep: bool) -> list[Tensor]:
+    """launch.gate_up_act in 8 bits."""
+    x, weight = launch_fp8.quantise_rows(x_TD), launch_fp8.quantise_weight(gate_up_EDF, turn=True)
+    return launch_fp8.gate_up_act(x, share_TK, tiles, weight, x_TD.dtype, keep)
+
+
 @torch.library.impl("moestro::experts", "default")
 def _experts(
     x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor, down_EFD: Tensor,
-    masters: list[Tensor], keep: bool,
+    masters: list[Tensor], keep: bool, eight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tiles = Tiles(*tables, rows=rows, slots=share_TK.shape[1])
+    if eight:
+        act_AF, gate_up_AF = first_product_fp8(x_TD, share_TK, tiles, gate_up_EDF, keep)
+        down = launch_fp8.quantise_weight(down_EFD, turn=True)
+        rows_AD = launch_fp8.rows_product(launch_fp8.quantise_rows(act_AF), tiles, down, x_TD.dtype)
+        return launch.combine_slots(rows_AD, tiles.row_A, len(x_TD), tiles.slots), gate_up_AF
     act_AF, gate_up_AF = launch.gate_up_act(
         x_TD, share_TK, tiles, gate_up_EDF, keep, launch.pick("gate_up", x_TD, down_EFD)
     )
@@ -71,7 +83,7 @@ def _experts(
 @torch.library.register_fake("moestro::experts")
 def _(
     x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor, down_EFD: Tensor,
-    masters: list[Tensor], keep: bool,
+    masters: list[Tensor], keep: bool, eight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(x_TD), x_TD.new_empty(share_TK.numel() if keep else 0, gate_up_EDF.shape[2])
 
@@ -80,17 +92,25 @@ def _(
 def _backward(
     d_y_TD: Tensor, x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor,
     down_EFD: Tensor, gate_up_AF: Tensor, dtype: torch.dtype, weights_too: bool,
+    eight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tiles = Tiles(*tables, rows=rows, slots=share_TK.shape[1])
 
     def pick(kernel: Any) -> Any:
         return launch.pick(kernel, x_TD, down_EFD)
 
-    if not gate_up_AF.numel():
+    if not gate_up_AF.numel() and eight:
+        _, gate_up_AF = first_product_fp8(x_TD, share_TK, tiles, gate_up_EDF, True)
+    elif not gate_up_AF.numel():
         _, gate_up_AF = launch.gate_up_act(x_TD, share_TK, tiles, gate_up_EDF, True, pick("gate_up"))
-    d_gate_up_AF, act_AF, part_XA = launch.act_backward(
-        d_y_TD, share_TK, tiles, down_EFD, gate_up_AF, pick("act_backward")
-    )
+    if eight:
+        down = launch_fp8.quantise_weight(down_EFD, turn=False)
+        d_y = launch_fp8.quantise_rows(d_y_TD)
+        d_gate_up_AF, act_AF, part_XA = launch_fp8.act_backward(d_y, share_TK, tiles, down, gate_up_AF)
+    else:
+        d_gate_up_AF, act_AF, part_XA = launch.act_backward(
+            d_y_TD, share_TK, tiles, down_EFD, gate_up_AF, pick("act_backward")
+        )
     del gate_up_AF
     d_share_TK = launch.sum_parts(part_XA, tiles.row_A, tiles.slots)
     d_down_EFD, d_gate_up_EDF = (d_y_TD.new_empty(0, dtype=dtype) for _ in range(2))
@@ -99,7 +119,11 @@ def _backward(
     del act_AF
     if weights_too:
         d_gate_up_EDF = launch.weight_gradients(x_TD, d_gate_up_AF, tiles, True, dtype, pick("d_gate_up_weight"))
-    d_rows_AD = launch.rows_product(d_gate_up_AF, tiles, gate_up_EDF, True, pick("d_x"))
+    if eight:
+        gate_up = launch_fp8.quantise_weight(gate_up_EDF, turn=False)
+        d_rows_AD = launch_fp8.rows_product(launch_fp8.quantise_rows(d_gate_up_AF), tiles, gate_up, x_TD.dtype)
+    else:
+        d_rows_AD = launch.rows_product(d_gate_up_AF, tiles, gate_up_EDF, True, pick("d_x"))
     return launch.combine_slots(d_rows_AD, tiles.row_A, len(x_TD), tiles.slots), d_share_TK, d_gate_up_EDF, d_down_EFD
 
 
@@ -107,13 +131,14 @@ def _backward(
 def _(
     d_y_TD: Tensor, x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor,
     down_EFD: Tensor, gate_up_AF: Tensor, dtype: torch.dtype, weights_too: bool,
+    eight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shapes = [weight.shape if weights_too else (0,) for weight in (gate_up_EDF, down_EFD)]
     return torch.empty_like(x_TD), torch.empty_like(share_TK), *(x_TD.new_empty(s, dtype=dtype) for s in shapes)  # type: ignore[return-value]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_TD, share_TK, tables, rows, gate_up_EDF, down_EFD, masters, _ = inputs
+    x_TD, share_TK, tables, rows, gate_up_EDF, down_EFD, masters, _, ctx.eight = inputs
     ctx.save_for_backward(x_TD, share_TK, gate_up_EDF, down_EFD, output[1], *tables)
     ctx.rows, ctx.dtype = rows, masters[0].dtype
     ctx.weights_too = any(master.requires_grad for master in masters)
@@ -123,26 +148,28 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 def _gradients(ctx: Any, d_y_TD: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     x_TD, share_TK, gate_up_EDF, down_EFD, gate_up_AF, *tables = ctx.saved_tensors
     if d_y_TD is None:
-        return None, None, [None] * len(tables), None, None, None, [None, None], None
+        return None, None, [None] * len(tables), None, None, None, [None, None], None, None
     d_x_TD, d_share_TK, *d_weights = torch.ops.moestro.experts_backward(
         d_y_TD.to(x_TD.dtype).contiguous(), x_TD, share_TK, tables, ctx.rows, gate_up_EDF, down_EFD, gate_up_AF,
-        ctx.dtype, ctx.weights_too,
+        ctx.dtype, ctx.weights_too, ctx.eight,
     )  # fmt: skip
     masters = list(d_weights) if ctx.weights_too else [None, None]
-    return d_x_TD, d_share_TK, [None] * len(tables), None, None, None, masters, None
+    return d_x_TD, d_share_TK, [None] * len(tables), None, None, None, masters, None, None
 
 
 torch.library.register_autograd("moestro::experts", _gradients, setup_context=_remember)
 
 
 def triton_experts(
-    x_TD: Tensor, share_TK: Tensor, tiles: Tiles, gate_up_EDF: Tensor, down_EFD: Tensor, keep: str = "product"
-) -> Tensor:
+    x_TD: Tensor, share_TK: Tensor, tiles: Tiles, gate_up_EDF: Tensor, down_EFD: Tensor, keep: str = "product",
+    eight: bool = False,
+) -> Tensor:  # fmt: skip
     """The whole sparse layer after routing.
 
     x_TD       bfloat16, float16 or float32
     share_TK   routing weights, float32
     keep       product: the gate-up product is kept for the backward pass. input: it is done again
+    eight      products of the forward pass and of x's gradient in 8 bits (fp8.py); widths are multiples of 128
     returns    y_TD in x's type; a token without experts gets zeros
     """
     masters = [gate_up_EDF, down_EFD]
@@ -151,6 +178,6 @@ def triton_experts(
     tables = [tiles.source_A, tiles.row_A, tiles.offset_X, tiles.tile_2M, tiles.busiest_E]
     y_TD, _ = torch.ops.moestro.experts(
         x_TD.contiguous(), share_TK.float().contiguous(), tables, tiles.rows, *casts, masters,
-        learns and keep == "product",
+        learns and keep == "product", eight,
     )  # fmt: skip
     return y_TD

@@ -72,6 +72,24 @@ def place_of(ptr, first_row, first_column, WIDTH: tl.constexpr, ROWS: tl.constex
     return start + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COLUMNS)[None, :]
 
 
+@triton.jit
+def store_act(
+    gate, up, share_ptr, source, live, gate_up_ptr, act_ptr, first_row, part,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """SwiGLU times the routing weight; also both halves as they are where KEEP."""
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    mask = live[:, None] & (column < HIDDEN)[None, :]
+    if KEEP:
+        kept = place_of(gate_up_ptr, first_row, part * COLUMNS, 2 * HIDDEN, ROWS, COLUMNS)
+        tl.store(kept, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
+        tl.store(kept + HIDDEN, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
+    share = tl.load(share_ptr + source, mask=live, other=0.0)
+    act = gate * tl.sigmoid(gate) * up * share[:, None]
+    target = place_of(act_ptr, first_row, part * COLUMNS, HIDDEN, ROWS, COLUMNS)
+    tl.store(target, act.to(act_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["most_tiles", "slots", "experts"])
 def gate_up_act(
     x_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up_ptr, act_ptr, most_tiles, slots, experts,
@@ -99,16 +117,7 @@ def gate_up_act(
         w_up = load_slice(weight, expert, inner, HIDDEN + first, WIDTH, 2 * HIDDEN, INNER, COLUMNS, TMA)
         gate = dot(x, w_gate, gate, UPCAST)
         up = dot(x, w_up, up, UPCAST)
-    column = part * COLUMNS + tl.arange(0, COLUMNS)
-    mask = live[:, None] & (column < HIDDEN)[None, :]
-    if KEEP:
-        kept = place_of(gate_up_ptr, first_row, part * COLUMNS, 2 * HIDDEN, ROWS, COLUMNS)
-        tl.store(kept, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
-        tl.store(kept + HIDDEN, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
-    share = tl.load(share_ptr + source, mask=live, other=0.0)
-    act = gate * tl.sigmoid(gate) * up * share[:, None]
-    target = place_of(act_ptr, first_row, part * COLUMNS, HIDDEN, ROWS, COLUMNS)
-    tl.store(target, act.to(act_ptr.dtype.element_ty), mask=mask)
+    store_act(gate, up, share_ptr, source, live, gate_up_ptr, act_ptr, first_row, part, HIDDEN, ROWS, COLUMNS, KEEP)
 
 
 @triton.jit(do_not_specialize=["most_tiles", "experts"])
@@ -173,6 +182,30 @@ def swiglu_backward(
     return d_share
 
 
+@triton.jit
+def act_gradients(
+    d_act, share_ptr, source, live, gate_up, d_gate_up_ptr, act_ptr, first_row, part,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """`swiglu_backward` of a tile, in pieces that fit into registers; d_share of its rows."""
+    share = tl.load(share_ptr + source, mask=live, other=0.0)[:, None]
+    first = part * COLUMNS
+    if COLUMNS >= 128:  # half at a time: the whole in float32 three times over does not fit into registers
+        left, right = d_act.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+        sum_left = swiglu_backward(
+            left, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first, HIDDEN, ROWS, COLUMNS // 2, TMA
+        )
+        d_share = sum_left + swiglu_backward(
+            right, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first + COLUMNS // 2, HIDDEN, ROWS,
+            COLUMNS // 2, TMA,
+        )  # fmt: skip
+    else:
+        d_share = swiglu_backward(
+            d_act, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first, HIDDEN, ROWS, COLUMNS, TMA
+        )
+    return d_share
+
+
 @triton.jit(do_not_specialize=["most_tiles", "slots", "places", "experts"])
 def act_backward(
     d_y_ptr, weight, share_ptr, source_ptr, offset_ptr, tile_ptr, gate_up, d_gate_up_ptr, act_ptr, part_ptr,
@@ -200,19 +233,7 @@ def act_backward(
         d_y = load_columns(place, inner, WIDTH, INNER)
         down = load_slice(weight, expert, part * COLUMNS, inner, HIDDEN, WIDTH, COLUMNS, INNER, TMA).T
         d_act = dot(d_y, down, d_act, UPCAST)
-    share = tl.load(share_ptr + source, mask=live, other=0.0)[:, None]
-    first = part * COLUMNS
-    if COLUMNS >= 128:  # half at a time: the whole in float32 three times over does not fit into registers
-        left, right = d_act.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
-        sum_left = swiglu_backward(
-            left, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first, HIDDEN, ROWS, COLUMNS // 2, TMA
-        )
-        d_share = sum_left + swiglu_backward(
-            right, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first + COLUMNS // 2, HIDDEN, ROWS,
-            COLUMNS // 2, TMA,
-        )  # fmt: skip
-    else:
-        d_share = swiglu_backward(
-            d_act, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first, HIDDEN, ROWS, COLUMNS, TMA
-        )
+    d_share = act_gradients(
+        d_act, share_ptr, source, live, gate_up, d_gate_up_ptr, act_ptr, first_row, part, HIDDEN, ROWS, COLUMNS, TMA
+    )
     tl.store(part_ptr + part.to(tl.int64) * places + row, d_share, mask=live)
