@@ -86,7 +86,7 @@ class MoE(nn.Module):
         own = isinstance(self.experts, Experts)
         if own and cpu.has_products(x_TD) and self.experts.down_EFD.dtype == torch.float32:
             return "fused"
-        if own and x_TD.device.type == "cuda":
+        if isinstance(self.experts, Experts) and x_TD.device.type == "cuda":
             return measured_path(x_TD, slots, self.experts, self.fp8)
         rank = () if own else (self.spec.sharing_rank,)
         return "grouped" if takes_grouped(x_TD, self.experts.width, self.experts.hidden, *rank) else "loop"

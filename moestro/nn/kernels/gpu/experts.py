@@ -48,12 +48,18 @@ def _(expert_TK: Tensor, num_experts: int, rows: int) -> list[Tensor]:
     return [expert_TK.new_empty(shape, dtype=torch.int32) for shape in shapes]
 
 
+def tiles_of(tables: list[Tensor], rows: int, slots: int) -> Tiles:
+    """Tiles from what `sort_places` gives."""
+    source_A, row_A, offset_X, tile_2M, busiest_E = tables
+    return Tiles(source_A, row_A, offset_X, tile_2M, busiest_E, rows, slots)
+
+
 def sort_tiles(expert_TK: Tensor, num_experts: int, rows: int = 0) -> Tiles:
     """Group slots by expert, stable; num_experts marks an unused slot. `rows` of a tile: 0 picks."""
     if interpreted():
         repair()
     rows = rows or tile_rows(expert_TK.numel(), num_experts, interpreted())
-    return Tiles(*torch.ops.moestro.sort_places(expert_TK, num_experts, rows), rows=rows, slots=expert_TK.shape[1])
+    return tiles_of(torch.ops.moestro.sort_places(expert_TK, num_experts, rows), rows, expert_TK.shape[1])
 
 
 def first_product_fp8(x_TD: Tensor, share_TK: Tensor, tiles: Tiles, gate_up_EDF: Tensor, keep: bool) -> list[Tensor]:
@@ -67,7 +73,7 @@ def _experts(
     x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor, down_EFD: Tensor,
     masters: list[Tensor], keep: bool, eight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tiles = Tiles(*tables, rows=rows, slots=share_TK.shape[1])
+    tiles = tiles_of(tables, rows, share_TK.shape[1])
     if eight:
         act_AF, gate_up_AF = first_product_fp8(x_TD, share_TK, tiles, gate_up_EDF, keep)
         down = launch_fp8.quantise_weight(down_EFD, turn=True)
@@ -94,7 +100,7 @@ def _backward(
     down_EFD: Tensor, gate_up_AF: Tensor, dtype: torch.dtype, weights_too: bool,
     eight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    tiles = Tiles(*tables, rows=rows, slots=share_TK.shape[1])
+    tiles = tiles_of(tables, rows, share_TK.shape[1])
 
     def pick(kernel: Any) -> Any:
         return launch.pick(kernel, x_TD, down_EFD)

@@ -98,7 +98,8 @@ def _(
     logit_TE: Tensor, bias_E: Tensor, threshold: Tensor, seen_E: Tensor, slots: int, softmax: bool, biased: bool,
     gap: bool, mode: int, scale: float, aux: float, z: float,
 ) -> list[Tensor]:  # fmt: skip
-    shapes = _shapes(*logit_TE.shape, slots, gap)
+    tokens, experts = logit_TE.shape
+    shapes = _shapes(tokens, experts, slots, gap)
     return [logit_TE.new_empty(shape, dtype=dtype) for shape, dtype in shapes]
 
 
