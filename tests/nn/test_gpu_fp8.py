@@ -1,15 +1,10 @@
 """Products in 8 bits: exact on numbers that 8 bits hold, close on others; in the interpreter where there is no GPU."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-
 pytest.importorskip("triton")
 
 from moestro.nn.kernels.gpu import launch_fp8
@@ -69,7 +64,8 @@ def test_the_first_product_is_exact_where_numbers_fit() -> None:
     torch.testing.assert_close(product[:used], right, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("keep", ["product", pytest.param("input", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["product", "input"])
 def test_a_layer_in_8_bits_is_close_and_its_weights_gradients_too(keep: str) -> None:
     x, d_y, gate_up, down, expert, share = case()
     found = []

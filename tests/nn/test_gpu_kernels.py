@@ -1,6 +1,5 @@
 """The Triton kernels equal the obviously right loop, on a GPU where there is one, else in Triton's interpreter."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +8,6 @@ import torch
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-
 pytest.importorskip("triton")
 
 from moestro.core.specs import MoESpec

@@ -1,13 +1,9 @@
 """The router's Triton kernels equal the plain router, values and gradients; interpreted where there is no GPU."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 pytest.importorskip("triton")
 
