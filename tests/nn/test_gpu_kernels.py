@@ -204,7 +204,9 @@ def test_the_operators_are_what_autograd_and_compile_expect() -> None:
     tables = [tiles.source_A, tiles.row_A, tiles.offset_X, tiles.tile_2M, tiles.busiest_E]
     casts = [experts.gate_up_EDF.detach(), experts.down_EFD.detach()]
     masters = list(experts.parameters())
-    torch.library.opcheck(torch.ops.moestro.experts, (x.requires_grad_(), weight, tables, 16, *casts, masters, True))
+    torch.library.opcheck(
+        torch.ops.moestro.experts, (x.requires_grad_(), weight, tables, 16, *casts, masters, True, False)
+    )
 
 
 @pytest.mark.slow
