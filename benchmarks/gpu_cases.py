@@ -118,6 +118,8 @@ def ours(path: Any) -> Callable[[Tensor, Tensor], Peer]:
 
     def make(gate_up_EDF: Tensor, down_EFD: Tensor) -> Peer:
         num_experts, hidden, width = down_EFD.shape
+        if path == "fp8" and (width % 128 or hidden % 128):
+            raise ValueError(f"{width} and {hidden} are not multiples of 128")
         with torch.device("meta"):
             experts = Experts(width, MoESpec(num_experts=num_experts, expert_width=hidden))
         experts.gate_up_EDF = torch.nn.Parameter(gate_up_EDF)
