@@ -3,6 +3,8 @@
 # make test    set up, then run the tests            make check   format, lint and types
 # make bench   speed and memory tables               make bench-routing   compare routing rules (hours)
 # make bench-package   speed and size of packages and updates, and a million hostile mutants (an hour; 12 GB of disk)
+# make gpu-code   compile the GPU kernels for sm_90 and sm_80, without a GPU (half a minute)
+# make bench-gpu   the sparse layer on a GPU beside other ways (8 minutes)   make h200-curves   gap against top-2, equal time
 # make bench-plan   the planner against published training runs (minutes)
 
 PYTHON ?= python3
@@ -11,7 +13,8 @@ BIN := $(VENV)/bin
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 SHORT := train.steps=40 train.precision=fp32 data.tokenizer=bytes train.evaluate_every=0
 
-.PHONY: demo demo-distributed test test-all check bench bench-package bench-plan bench-routing env clean
+.PHONY: demo demo-distributed test test-all check bench bench-gpu bench-package bench-plan bench-routing gpu-code h200-curves env \
+	clean
 
 demo: env
 	$(BIN)/moestro train recipes/demo.toml out=$(OUT)
@@ -42,6 +45,15 @@ bench-package: env
 	$(BIN)/python benchmarks/ship.py runs/bench-ship
 	$(BIN)/python benchmarks/ship_kills.py runs/bench-ship-kills
 	$(BIN)/python tests/package/fuzzing.py --mutants 1000000
+
+gpu-code: env
+	$(BIN)/python scripts/gpu_code.py --chip 90 --chip 80
+
+bench-gpu: env
+	$(BIN)/python benchmarks/moe_layer_gpu.py
+
+h200-curves: env
+	$(BIN)/python benchmarks/equal_time.py recipes/h200-top2.toml recipes/h200-gap.toml
 
 bench-plan: env
 	$(BIN)/python benchmarks/plan.py

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from moestro.dist.mesh import Axis, Pending
-from moestro.nn.experts import AnyExperts, Path
+from moestro.nn.experts import TILED, AnyExperts, Path
 from moestro.nn.permute import Order, combine_rows, gather_rows, sort_by_expert
 from moestro.nn.routing_rules import Choice
 
@@ -77,7 +77,7 @@ class AllToAll:
     def __call__(self, x_TD: Tensor, choice: Choice, experts: AnyExperts, path: Path) -> Tensor:
         """See `nn.moe.Dispatcher`; `experts` are the ones of this rank."""
         if self.axis.group is None:
-            order = sort_by_expert(choice.expert_TK, experts.num_experts)
+            order = sort_by_expert(choice.expert_TK, experts.num_experts, tiled=path in TILED)
             y_TD: Tensor = experts(x_TD, choice.weight_TK, order, path)
             return y_TD
         sizes = chunk_sizes(len(x_TD), self.chunks)
@@ -115,7 +115,7 @@ class AllToAll:
         def compute(chunk: int, rows: list[Tensor]) -> Tensor:
             x_MD, weight_M = rows
             expert_M = expert_of_rows(legs[chunk].came_RL, len(x_MD))
-            order = sort_by_expert(expert_M[:, None], experts.num_experts)
+            order = sort_by_expert(expert_M[:, None], experts.num_experts, tiled=path in TILED)
             out_MD: Tensor = experts(x_MD, weight_M[:, None], order, path)
             return out_MD
 

@@ -181,7 +181,7 @@ class Pipeline:
         """Our sparse layers."""
         return [layer for layer in self.seen if isinstance(self.model.blocks[layer].feed_forward, MoE)]
 
-    def learn(self, token_BS: Tensor, micro_batches: int, share: float) -> tuple[float, dict[int, list[RoutingRecord]]]:
+    def learn(self, token_BS: Tensor, micro_batches: int, share: float) -> tuple[Tensor, dict[int, list[RoutingRecord]]]:
         """Gradients of all micro-batches; returns our part of the loss and our layers' records.
 
         token_BS   our rows of all micro-batches, equally many of each
@@ -202,7 +202,9 @@ class Pipeline:
             schedule.step(*inputs, return_outputs=False)
         if token_BS.device.type == "cpu":  # elsewhere the host's clock says nothing of the stages
             CLOCK.add(self.axis, begun_s + TimedStage.busy_s, time.perf_counter())
-        return float(sum(loss.detach() for loss in losses)), {layer: list(self.seen[layer]) for layer in self.own_layers}
+        nothing = torch.zeros((), dtype=torch.float64, device=token_BS.device)
+        total = sum((loss.detach().double() for loss in losses), start=nothing)
+        return total, {layer: list(self.seen[layer]) for layer in self.own_layers}
 
     def _schedule(self, token_BS: Tensor, micro_batches: int, scale: float) -> _PipelineSchedule:
         """The schedule for batches of this size; made once."""

@@ -3,11 +3,13 @@
     gate_up = x @ W1[e]      act = silu(gate) * up * weight      out = act @ W2[e]
 
 Weights are [experts, in, out], so one expert is one contiguous slice of each parameter, ready to be moved or saved.
-Three ways that give the same result:
+Four ways that give the same result, and one that nearly does:
 
     loop      one expert after the other in plain torch: the reference, any device and type
     grouped   torch.nn.functional.grouped_mm: one launch for all experts (no float64; rows of 16 bytes)
     fused     nn/kernels/experts.cpp: own products on CPU threads, gathers and conversions while packing
+    triton    nn/kernels/gpu/: the same on a GPU, nothing stored between products that is cheap to make again
+    fp8       the same with products in 8 bits, but for the weights' gradients: an approximation, only where asked for
 
 Dimension key:  T tokens, or rows that came from other ranks   K slots of each   N routed rows   D width   E experts
                 F expert width   R rank of what experts do not share
@@ -22,9 +24,11 @@ from torch.nn import functional as F
 
 from moestro.core.specs import MoESpec
 from moestro.nn.kernels.fused_experts import fused_experts
-from moestro.nn.permute import Order, combine_rows, gather_rows
+from moestro.nn.permute import Order, combine_rows, gather_rows, row_weights
 
-Path = Literal["loop", "grouped", "fused"]
+Path = Literal["loop", "grouped", "fused", "triton", "fp8"]
+TILED: tuple[Path, ...] = ("triton", "fp8")
+"""Paths that need an order with tiles."""
 
 
 def swiglu(gate_up_NF: Tensor, weight_N: Tensor) -> Tensor:
@@ -76,7 +80,12 @@ class Experts(nn.Module):
         """
         if path == "fused":
             return fused_experts(x_TD, weight_TK, order, self.gate_up_EDF, self.down_EFD)
-        weight_N = weight_TK.flatten()[order.source_N]
+        if path in TILED:
+            from moestro.nn.kernels.gpu.experts import triton_experts
+
+            assert order.tiles is not None
+            return triton_experts(x_TD, weight_TK, order.tiles, self.gate_up_EDF, self.down_EFD, eight=path == "fp8")
+        weight_N = row_weights(weight_TK, order)
         return combine_rows(self.apply_rows(gather_rows(x_TD, order), weight_N, order.count_E, path), order)
 
     def apply_rows(self, x_ND: Tensor, weight_N: Tensor, count_E: Tensor, path: Path) -> Tensor:
@@ -108,7 +117,7 @@ class LowRankExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, order: Order, path: Path = "loop") -> Tensor:
         """As `Experts.forward`."""
-        weight_N = weight_TK.flatten()[order.source_N]
+        weight_N = row_weights(weight_TK, order)
         return combine_rows(self.apply_rows(gather_rows(x_TD, order), weight_N, order.count_E, path), order)
 
     def apply_rows(self, x_ND: Tensor, weight_N: Tensor, count_E: Tensor, path: Path) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moestro.nn.permute import count_of
+
 
 def token_loss(logit_TV: Tensor, target_T: Tensor) -> Tensor:
     """Mean cross-entropy in nats over tokens, computed in float32."""
@@ -44,7 +46,7 @@ def sequence_counts(expert_TK: Tensor, sequences: int, num_experts: int) -> Tens
         len(expert_TK) // max(sequences, 1)
     )[:, None]
     flat_A = (sequence_T1 * (num_experts + 1) + expert_TK).flatten()
-    count_BE = torch.bincount(flat_A, minlength=sequences * (num_experts + 1)).view(sequences, num_experts + 1)
+    count_BE = count_of(flat_A, sequences * (num_experts + 1)).view(sequences, num_experts + 1)
     return count_BE[:, :num_experts].to(torch.float32)
 
 

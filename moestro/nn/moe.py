@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.core.specs import MoESpec
-from moestro.nn.experts import AnyExperts, Experts, LowRankExperts, Path, takes_grouped
+from moestro.nn.experts import TILED, AnyExperts, Experts, LowRankExperts, Path, takes_grouped
 from moestro.nn.kernels import cpu
+from moestro.nn.path_choice import measured_path
 from moestro.nn.permute import sort_by_expert
 from moestro.nn.router import Router, RoutingRecord
 from moestro.nn.routing_rules import Choice
@@ -35,7 +36,9 @@ class Local:
 
     def __call__(self, x_TD: Tensor, choice: Choice, experts: AnyExperts, path: Path) -> Tensor:
         """See `Dispatcher`."""
-        y_TD: Tensor = experts(x_TD, choice.weight_TK, sort_by_expert(choice.expert_TK, experts.num_experts), path)
+        tiled, quick = path in TILED, path == "grouped" and x_TD.device.type != "cpu"
+        order = sort_by_expert(choice.expert_TK, experts.num_experts, tiled, unused_too=quick)
+        y_TD: Tensor = experts(x_TD, choice.weight_TK, order, path)
         return y_TD
 
 
@@ -60,6 +63,8 @@ class MoE(nn.Module):
     def __init__(self, width: int, spec: MoESpec, path: Path | Literal["auto"] = "auto") -> None:
         super().__init__()
         self.spec, self.path = spec, path
+        self.fp8 = False
+        """Let products in 8 bits be chosen where they are faster."""
         self.router = Router(width, spec.num_experts, spec.router)
         self.experts: AnyExperts = Experts(width, spec) if spec.sharing == "none" else LowRankExperts(width, spec)
         self.shared = FeedForward(width, spec.shared_width) if spec.shared_width else None
@@ -69,17 +74,19 @@ class MoE(nn.Module):
         """The layer's output in x's type, and what its router did."""
         x_TD = x_BSD.flatten(0, -2)
         choice, record = self.router(x_TD, sequences=len(x_BSD))
-        y_TD = self.dispatcher(x_TD, choice, self.experts, self.fastest_path(x_TD))
+        y_TD = self.dispatcher(x_TD, choice, self.experts, self.fastest_path(x_TD, choice.expert_TK.shape[1]))
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x_BSD), record
 
-    def fastest_path(self, x_TD: Tensor) -> Path:
-        """How the experts compute: as asked, or fused where our CPU products are best, else grouped, else the loop."""
+    def fastest_path(self, x_TD: Tensor, slots: int = 2) -> Path:
+        """How the experts compute: as asked; on a CPU fused where our products are best; on a GPU as was measured."""
         if self.path != "auto":
             return self.path
         own = isinstance(self.experts, Experts)
         if own and cpu.has_products(x_TD) and self.experts.down_EFD.dtype == torch.float32:
             return "fused"
+        if isinstance(self.experts, Experts) and x_TD.device.type == "cuda":
+            return measured_path(x_TD, slots, self.experts, self.fp8)
         rank = () if own else (self.spec.sharing_rank,)
         return "grouped" if takes_grouped(x_TD, self.experts.width, self.experts.hidden, *rank) else "loop"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moestro.nn.kernels import cpu
+from moestro.nn.kernels.gpu.tiles import Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,10 @@ class Order:
     """The flat place in expert_TK behind each row."""
     slot_TK: Tensor
     """The row of each slot; -1 where it is unused."""
+    tiles: Tiles | None = None
+    """The same for the Triton kernels, where they are to compute."""
+    unused_too: bool = False
+    """True where rows of unused slots follow the used ones; what is computed there is never looked at."""
 
     @property
     def token_N(self) -> Tensor:
@@ -33,16 +38,43 @@ class Order:
         return self.source_N // self.slot_TK.shape[1]
 
 
-def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Order:
-    """Group slots by expert, stable; num_experts marks an unused slot."""
+def sort_by_expert(expert_TK: Tensor, num_experts: int, tiled: bool = False, unused_too: bool = False) -> Order:
+    """Group slots by expert, stable; num_experts marks an unused slot.
+
+    tiled        by the Triton kernels, and with the tiles they work on
+    unused_too   leave rows of unused slots in, after the others: how many there are is then not asked of the device
+    """
+    if tiled:
+        from moestro.nn.kernels.gpu.experts import sort_tiles
+
+        tiles = sort_tiles(expert_TK, num_experts)
+        return Order(tiles.offset_X[:-1].diff(), tiles.source_A, tiles.row_A.view_as(expert_TK), tiles, True)
     if expert_TK.device.type == "cpu" and cpu.library() is not None:
         return Order(*cpu.count_sort(expert_TK.contiguous(), num_experts))
     flat_A = expert_TK.flatten()
-    count_E = torch.bincount(flat_A, minlength=num_experts + 1)[:num_experts]
-    source_N = flat_A.argsort(stable=True)[: int(count_E.sum())]
-    slot_A = torch.full_like(flat_A, -1)
-    slot_A[source_N] = torch.arange(len(source_N), device=flat_A.device)
-    return Order(count_E, source_N, slot_A.view_as(expert_TK))
+    count_E = count_of(flat_A, num_experts + 1)[:num_experts]
+    source_A, row_A = flat_A.argsort(stable=True), torch.empty_like(flat_A)
+    row_A[source_A] = torch.arange(len(source_A), device=flat_A.device)
+    slot_TK = row_A.where(flat_A < num_experts, -1).view_as(expert_TK)
+    source_N = source_A if unused_too else source_A[: int(count_E.sum())]
+    return Order(count_E, source_N, slot_TK, unused_too=unused_too)
+
+
+def count_of(index_A: Tensor, num: int) -> Tensor:
+    """How often each of 0..num-1 occurs, int64; bincount asks a GPU for the largest first, this does not."""
+    if index_A.device.type == "cpu":
+        return torch.bincount(index_A, minlength=num)
+    count_X = torch.zeros(num, dtype=torch.int64, device=index_A.device)
+    return count_X.scatter_add_(0, index_A.long(), torch.ones_like(index_A, dtype=torch.int64))
+
+
+def row_weights(weight_TK: Tensor, order: Order) -> Tensor:
+    """weight_N: the routing weight of every row; 0, also to the gradient, where a row is of an unused slot."""
+    weight_N = weight_TK.flatten()[order.source_N]
+    if not order.unused_too:
+        return weight_N
+    used_N = torch.arange(len(weight_N), device=weight_N.device) < order.count_E.sum()
+    return weight_N.where(used_N, 0.0)
 
 
 def gather_rows(x_TD: Tensor, order: Order) -> Tensor:

@@ -11,7 +11,7 @@ Dimension key:  T tokens   D width   E experts   K slots per token   B histogram
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from moestro.core.specs import RouterSpec
 from moestro.nn import losses
 from moestro.nn import routing_rules as rules
+from moestro.nn.kernels import gpu
 from moestro.nn.peers import Alone, Peers
+from moestro.nn.permute import count_of
 from moestro.nn.routing_budget import Budget, budget_at, histogram
 from moestro.nn.routing_rules import Choice, Scores
 
@@ -87,6 +89,22 @@ def merge(records: Sequence[RoutingRecord]) -> RoutingRecord:
     )
 
 
+def read_back(numbers: Sequence[Tensor], records: Sequence[RoutingRecord]) -> tuple[list[float], list[RoutingRecord]]:
+    """Numbers, and what is logged of records, in one copy from the device; on a CPU the records themselves."""
+    if all(number.device.type == "cpu" for number in numbers):
+        return [float(number) for number in numbers], list(records)
+    wanted = [(record.count_E, record.loss, record.balance, record.entropy) for record in records]
+    parts = [*numbers, *(tensor.detach() for row in wanted for tensor in row)]
+    flat = torch.cat([part.double().flatten() for part in parts]).cpu()
+    values = [piece.view(part.shape) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+    rows = [values[first : first + 4] for first in range(len(numbers), len(values), 4)]
+    known = [
+        replace(record, count_E=count_E.float(), loss=loss, balance=balance, entropy=entropy)
+        for record, (count_E, loss, balance, entropy) in zip(records, rows, strict=True)
+    ]
+    return [float(value) for value in values[: len(numbers)]], known
+
+
 class Router(nn.Module):
     """One linear map to expert scores, a rule, a budget and a balance."""
 
@@ -102,6 +120,8 @@ class Router(nn.Module):
         columns = num_experts + (spec.num_null if spec.rule == "null" else 0)
         self.weight_ED = nn.Parameter(torch.empty(columns, width))
         self.peers: Peers = Alone()
+        self.fused: bool | None = None
+        """By the Triton kernels: None where they know the rule and run."""
         self.budget = Budget(spec.threshold_decay, spec.integral_gain)
         if spec.rule == "topp" and spec.threshold:
             self.budget.threshold.fill_(spec.threshold)
@@ -124,6 +144,8 @@ class Router(nn.Module):
         returns    the choice, weights scaled by spec.weight_scale, and the record
         """
         with torch.autocast(x_TD.device.type, enabled=False):
+            if self.fused if self.fused is not None else self._fusible(x_TD):
+                return self._fused(x_TD.float())
             scores = self.scores(x_TD.float())
             choice, cutoff_E = self._choose(scores)
             record = self._record(scores, choice, cutoff_E, sequences)
@@ -135,14 +157,55 @@ class Router(nn.Module):
 
     def scores(self, x_TD: Tensor) -> Scores:
         """Logits, scores in 0..1 and selection scores, all float32."""
-        spec = self.spec
-        if self.training and spec.input_noise:
-            x_TD = x_TD * (1 + spec.input_noise * (2 * torch.rand_like(x_TD) - 1))
-        logit_TE = F.linear(x_TD, self.weight_ED.float())
+        spec, logit_TE = self.spec, self._logits(x_TD)
         score_TE = logit_TE.softmax(-1) if spec.score == "softmax" else logit_TE.sigmoid()
         select_TE = score_TE.detach() + self.bias_E if spec.selection_bias != "none" else score_TE.detach()
         select_TE = rules.within_groups(select_TE, spec.num_groups, spec.groups_per_token, spec.group_score)
         return Scores(logit_TE, score_TE, select_TE)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        if self.training and self.spec.input_noise:
+            x_TD = x_TD * (1 + self.spec.input_noise * (2 * torch.rand_like(x_TD) - 1))
+        return F.linear(x_TD, self.weight_ED.float())
+
+    def _fusible(self, x_TD: Tensor) -> bool:
+        """True on a GPU where nn/kernels/gpu/routing.py knows the rule and no other rank has to be asked."""
+        spec = self.spec
+        weights = ("keep", "pair") if spec.rule == "gap" else ("keep", "renormalise", "straight")
+        known = spec.rule in ("top1", "top2", "topk", "gap") and spec.weights in weights
+        plain = spec.num_groups in (1, spec.groups_per_token) and spec.selection_bias != "quantile"
+        alone = not self.training or isinstance(self.peers, Alone)
+        return known and plain and alone and spec.aux_scope != "sequence" and x_TD.is_cuda and gpu.usable(x_TD)
+
+    def _fused(self, x_TD: Tensor) -> tuple[Choice, RoutingRecord]:
+        """`forward` in two launches after the linear map."""
+        from moestro.nn.kernels.gpu.route import route
+
+        spec = self.spec
+        gap = spec.rule == "gap"
+        found = route(
+            self._logits(x_TD),
+            self.bias_E if spec.selection_bias != "none" else None,
+            self.budget.threshold,
+            self.step_count_E if spec.aux_scope == "global" else torch.zeros_like(self.step_count_E),
+            slots=2 if gap else spec.max_experts,
+            softmax=spec.score == "softmax",
+            gap=gap,
+            weights=spec.weights,
+            scale=spec.weight_scale,
+            aux=spec.aux_loss,
+            z=spec.z_loss,
+        )
+        record = RoutingRecord(
+            count_E=found.count_E,
+            tokens=len(x_TD),
+            loss=found.loss,
+            balance=found.balance,
+            entropy=found.entropy,
+            experts_T=found.used_T,
+            decision_B=found.decision_B.float() if gap and self.training else None,
+        )
+        return Choice(found.expert_TK, found.weight_TK, found.gap_T[:, None] if gap else None), record
 
     def _choose(self, scores: Scores) -> tuple[Choice, Tensor | None]:
         """Apply the rule; also the cut-offs that rules with one per expert would have wanted."""
@@ -176,7 +239,7 @@ class Router(nn.Module):
 
     def _record(self, scores: Scores, choice: Choice, cutoff_E: Tensor | None, sequences: int) -> RoutingRecord:
         used_TK = choice.expert_TK < self.num_experts
-        count_E = torch.bincount(choice.expert_TK[used_TK], minlength=self.num_experts).float()
+        count_E = count_of(choice.expert_TK.flatten(), self.num_experts + 1)[: self.num_experts].float()
         prob_TE = scores.score_TE if self.spec.score == "softmax" else F.normalize(scores.score_TE, p=1, dim=-1)
         whole_E, tokens = self._whole(count_E, len(prob_TE))
         balance = self._balance(prob_TE, choice.expert_TK, whole_E, sequences, tokens)
@@ -230,7 +293,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update(self, record: RoutingRecord, progress: float) -> None:
-        """Move thresholds and biases after an optimiser step.
+        """Move thresholds and biases after an optimiser step, without asking the device for anything.
 
         record    all tokens of the step, merged over micro-batches and ranks
         progress  share of the run that is done, 0..1
@@ -239,17 +302,19 @@ class Router(nn.Module):
         self.forget_step()
         if self.steered and record.decision_B is not None:
             wanted = budget_at(progress, spec.start_experts, spec.mean_experts, spec.anneal_share)
-            self.budget.update(record.decision_B, record.decisions, record.mean_experts, wanted)
+            used = record.count_E.sum() / max(record.tokens, 1)
+            self.budget.update(record.decision_B, record.decisions, used, wanted)
         if spec.selection_bias == "loss_free":
             error_E = record.count_E.mean() - record.count_E
             self.bias_E[: self.num_experts] += spec.bias_rate * error_E.sign()
-        decay = min(spec.threshold_decay, float(self.updates) / (float(self.updates) + 1))
+        decay = (self.updates / (self.updates + 1)).clamp(max=spec.threshold_decay)
         if record.solved_bias_E is not None:
             self.bias_E.lerp_(record.solved_bias_E, 1 - decay)
         if record.cutoff_E is not None:
             self.cutoff_E.lerp_(record.cutoff_E, 1 - decay)
         if spec.rule == "relu":
-            self.l1 *= L1_STEP if record.mean_experts > spec.mean_experts else 1 / L1_STEP
+            over = record.count_E.sum() > spec.mean_experts * max(record.tokens, 1)
+            self.l1 *= torch.where(over, L1_STEP, 1 / L1_STEP)
         self.updates += 1
 
     def forget_step(self) -> None:

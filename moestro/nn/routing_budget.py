@@ -12,10 +12,10 @@ has no digits left but its log-odds move evenly. Theta is a buffer: it is in che
 token's experts depend on its own past only. Histograms add up, over micro-batches and over ranks.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from moestro.nn.permute import count_of
 
 LOWEST = -15.0
 """Log-odds at the left edge of the first bin; values outside fall into the first and last bin."""
@@ -28,17 +28,20 @@ def histogram(decision_TJ: Tensor) -> Tensor:
     """Count decision values in BINS bins that are even in log-odds; float32."""
     log_odds_A = torch.logit(decision_TJ.flatten().float(), eps=1e-7)
     index_A = ((log_odds_A - LOWEST) * PER_UNIT).long().clamp_(0, BINS - 1)
-    return torch.bincount(index_A, minlength=BINS).float()
+    return count_of(index_A, BINS).float()
 
 
-def quantile(count_B: Tensor, share: float) -> float:
-    """The log-odds below which `share` of the counted values lie, linear inside a bin; share is bounded to 0..1."""
+def quantile(count_B: Tensor, share: float | Tensor) -> Tensor:
+    """The log-odds below which `share` of the counted values lie, linear inside a bin; share is bounded to 0..1.
+
+    Stays on the device: this and the budget's update ask it for nothing. float64.
+    """
     below_B = count_B.double().cumsum(0)
-    wanted = min(max(share, 0.0), 1.0) * float(below_B[-1])
-    found = min(int(torch.searchsorted(below_B, wanted)), BINS - 1)
-    before = float(below_B[found - 1]) if found else 0.0
-    inside = (wanted - before) / max(float(count_B[found]), 1.0)
-    return LOWEST + (found + min(inside, 1.0)) / PER_UNIT
+    wanted = torch.as_tensor(share, dtype=torch.float64).clamp(0, 1) * below_B[-1]
+    found = (below_B < wanted).sum().clamp(max=BINS - 1)
+    before = torch.where(found > 0, below_B.gather(0, (found - 1).clamp(min=0)[None])[0], 0.0)
+    inside = (wanted - before) / count_B.gather(0, found[None])[0].clamp(min=1)
+    return LOWEST + (found + inside.clamp(max=1)) / PER_UNIT
 
 
 def budget_at(progress: float, start: float, end: float, anneal_share: float) -> float:
@@ -69,7 +72,7 @@ class Budget(nn.Module):
         self.register_buffer("share", torch.ones(()))
 
     @torch.no_grad()
-    def update(self, count_B: Tensor, decisions: int, mean_experts: float, wanted: float) -> None:
+    def update(self, count_B: Tensor, decisions: int, mean_experts: float | Tensor, wanted: float) -> None:
         """Take one step's decisions into account.
 
         count_B        histogram of the step
@@ -83,13 +86,16 @@ class Budget(nn.Module):
             self.running.fill_(torch.nan)
             self.integral.zero_()
             return
-        now, last = quantile(count_B, share), float(self.running)
-        if abs(share - float(self.share)) > 1e-6:  # the budget moved: so does the memory, at once
-            last += now - quantile(count_B, float(self.share))
-        running = now if math.isnan(last) else self.decay * last + (1 - self.decay) * now
+        now, last = quantile(count_B, share), self.running.double()
+        moved = (share - self.share).abs() > 1e-6  # the budget moved: so does the memory, at once
+        last = last + torch.where(moved, now - quantile(count_B, self.share), 0.0)
+        running = torch.where(last.isnan(), now, self.decay * last + (1 - self.decay) * now)
         slope = (quantile(count_B, share + 0.05) - quantile(count_B, share - 0.05)) / 0.1 / decisions
-        integral = float(self.integral) + self.gain * (wanted - mean_experts) * slope
-        self.running.fill_(running)
+        integral = self.integral + self.gain * (wanted - mean_experts) * slope
+        self.running.copy_(running)
         self.share.fill_(share)
-        self.integral.fill_(min(max(integral, LOWEST), -LOWEST))
-        self.threshold.fill_(torch.sigmoid(self.running + self.integral) if share > 0 else 0.0)
+        self.integral.copy_(integral.clamp(LOWEST, -LOWEST))
+        if share > 0:
+            self.threshold.copy_(torch.sigmoid(self.running + self.integral))
+        else:
+            self.threshold.zero_()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 import moestro
 from moestro.core.errors import ConfigError
@@ -38,9 +39,9 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def pick_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+def pick_dtype(precision: Literal["auto", "fp32", "bf16", "fp8"], device: torch.device) -> torch.dtype:
     """The type of matrix products; weights stay float32."""
-    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    bf16 = precision in ("bf16", "fp8") or (precision == "auto" and has_fast_bf16(device))
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -64,6 +65,13 @@ def _processor() -> str:
     lines = about.read_text(encoding="utf-8", errors="replace").splitlines() if about.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; a GPU copies it while the host goes on."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager

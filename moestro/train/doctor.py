@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from moestro.core.specs import MoESpec
 from moestro.core.units import count_text
-from moestro.nn.kernels import cpu
+from moestro.nn.kernels import cpu, gpu
 from moestro.nn.moe import MoE
+from moestro.nn.path_choice import choices_file, remembered
 from moestro.train.device import has_fast_bf16, pick_device, pick_dtype
 
 OPTIONAL = {
@@ -44,7 +45,9 @@ def examine() -> list[Finding]:
         Finding(
             "CPU kernels", "active" if cpu.library() else "absent", cpu.why_not() or "nn/kernels/cpu.cpp, compiled"
         ),
+        Finding("GPU kernels", "absent" if gpu.why_not() else "active", gpu.why_not() or "nn/kernels/gpu/, Triton"),
         *_expert_path(device),
+        *_measured_paths(),
         *[_package(name, use) for name, use in OPTIONAL.items()],
     ]
 
@@ -93,11 +96,23 @@ def _expert_path(device: torch.device) -> list[Finding]:
     for dtype in (torch.float32, torch.bfloat16):
         why = {
             "fused": "own products, nn/kernels/experts.cpp: fastest there, see benchmarks/moe_layer.py",
+            "triton": "GPU kernels are active; from 1,024 tokens on what is measured at a layer's first step decides",
+            "fp8": "asked for, and faster",
             "grouped": cpu.why_no_products(dtype) if device.type == "cpu" else "one launch for all experts",
             "loop": "type or widths that grouped_mm does not take",
         }
         path = layer.fastest_path(torch.empty(1, 64, device=device, dtype=dtype))
         found.append(Finding(f"experts in {str(dtype).removeprefix('torch.')}", path, why[path]))
+    return found
+
+
+def _measured_paths() -> list[Finding]:
+    """What this user's runs have measured on GPUs of this machine."""
+    found = []
+    for key, measured in sorted(remembered().items()):
+        times = ", ".join(f"{path} {ms:.2f} ms" for path, ms in sorted(measured.ms.items(), key=lambda pair: pair[1]))
+        best = min(measured.ms, key=measured.ms.__getitem__, default="none ran")
+        found.append(Finding("measured", best, f"{times}; {key}; kept in {choices_file()}"))
     return found
 
 

@@ -8,8 +8,9 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ from moestro.train.ledger import News
 from moestro.train.optim import gradient_norm
 
 if TYPE_CHECKING:
-    from moestro.train.trainer import StepResult, Trainer
+    from moestro.train.trainer import Trainer
 
 T = TypeVar("T")
 Done = Callable[[], None]
+Learned = tuple[Tensor, list[RoutingRecord]]
+"""A loss, float64 on the device, and records; nothing of it has been asked of the device yet."""
 
 
 class Engine(Protocol):
@@ -44,8 +47,8 @@ class Engine(Protocol):
         """Leave in the model what belongs on this rank."""
         ...
 
-    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
-        """Gradients of all micro-batches; loss and times go to `result`, returns our records, one per sparse layer."""
+    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], watch: "Stopwatch") -> Learned:
+        """Gradients of all micro-batches; our share of the loss, and our records, one per sparse layer."""
         ...
 
     def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
@@ -68,8 +71,8 @@ class Engine(Protocol):
         """Our rows of a micro-batch, and their share of it, 0..1."""
         ...
 
-    def finish_gradients(self) -> float:
-        """Make gradients those of the whole batch; returns their norm."""
+    def finish_gradients(self) -> Tensor:
+        """Make gradients those of the whole batch; returns their norm, where it was computed."""
         ...
 
     def before_update(self) -> None:
@@ -89,7 +92,7 @@ class Engine(Protocol):
         """Bytes this rank has sent for gradients or updates so far."""
         ...
 
-    def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
+    def total(self, loss: Tensor, records: Sequence[RoutingRecord]) -> Learned:
         """Loss and records of all ranks from our shares of them."""
         ...
 
@@ -130,9 +133,9 @@ class OneRank:
         """All of it."""
         self.model = model
 
-    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], watch: "Stopwatch") -> Learned:
         """One micro-batch after the other."""
-        return learn_in_turn(trainer, parts, result)
+        return learn_in_turn(trainer, parts, watch)
 
     def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
         """All of them."""
@@ -152,7 +155,7 @@ class OneRank:
         """All of them."""
         return token_BS, 1.0
 
-    def finish_gradients(self) -> float:
+    def finish_gradients(self) -> Tensor:
         """They are whole; their norm."""
         assert self.model is not None
         return gradient_norm(self.model.parameters())
@@ -171,7 +174,7 @@ class OneRank:
         """None."""
         return 0.0
 
-    def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
+    def total(self, loss: Tensor, records: Sequence[RoutingRecord]) -> Learned:
         """They are whole."""
         return loss, list(records)
 
@@ -202,9 +205,10 @@ class OneRank:
         return checkpoint.restore(folder, trainer.model, trainer.optimizer, trainer.memory), ""
 
 
-def learn_in_turn(trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+def learn_in_turn(trainer: "Trainer", parts: Sequence[Tensor], watch: "Stopwatch") -> Learned:
     """Forward and backward of one micro-batch after the other."""
-    model, engine, watch = trainer.model, trainer.engine, Stopwatch()
+    model, engine = trainer.model, trainer.engine
+    total = torch.zeros((), dtype=torch.float64, device=trainer.device)
     layers: list[list[RoutingRecord]] = [[] for _ in model.routers]
     for place, part_BS in enumerate(parts):
         engine.begin_micro_batch(last=place + 1 == len(parts))
@@ -213,24 +217,38 @@ def learn_in_turn(trainer: "Trainer", parts: Sequence[Tensor], result: "StepResu
             loss, records = model.loss(own_BS, trainer.memory[place] if trainer.memory else None)
         loss = loss * share
         router_loss = sum((record.loss for record in records), start=torch.zeros((), device=trainer.device))
-        result.forward_s += watch.lap()
+        watch.lap("forward_s")
         ((loss + router_loss) / len(parts)).backward()
-        result.loss += float(loss.detach()) / len(parts)
+        total += loss.detach() / len(parts)
         for router, seen, record in zip(model.routers, layers, records, strict=True):
             router.count_micro_batch(record)
             seen.append(record)
-        result.backward_s += watch.lap()
-    return [merge(seen) for seen in layers]
+        watch.lap("backward_s")
+    return total, [merge(seen) for seen in layers]
 
 
 class Stopwatch:
-    """Seconds since the last lap."""
+    """Where a step's time goes, by the host's clock, or on a GPU between events that nobody waits for."""
 
-    def __init__(self) -> None:
-        self._last_s = time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self._gpu, self._laps = device.type == "cuda", [("", self._mark(device.type == "cuda"))]
 
-    def lap(self) -> float:
-        """Read and start again."""
-        now_s = time.perf_counter()
-        spent_s, self._last_s = now_s - self._last_s, now_s
-        return spent_s
+    @staticmethod
+    def _mark(gpu: bool) -> Any:
+        if not gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, name: str) -> None:
+        """What was done since the last lap counts as `name`."""
+        self._laps.append((name, self._mark(self._gpu)))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of every name; the device must have passed the last lap."""
+        found: dict[str, float] = {}
+        for (_, begun), (name, ended) in pairwise(self._laps):
+            spent_s = begun.elapsed_time(ended) / 1e3 if self._gpu else ended - begun
+            found[name] = found.get(name, 0.0) + spent_s
+        return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from moestro.core.errors import CheckpointError, StorageError, TrainingError
 from moestro.core.events import EventLog, read_events
@@ -258,8 +259,10 @@ class _Session:
             facts["entropy"] = [round(float(record.entropy), 4) for record in records]
             facts["balance"] = [round(float(record.balance), 4) for record in records]
         routers = self.trainer.model.routers
-        if any(router.steered for router in routers) and len(routers) == len(result.records):  # else on other ranks
-            facts["threshold"] = [round(float(router.budget.threshold), 5) for router in routers]
+        due = _due(train.log_every, self.trainer.step)
+        if due and any(router.steered for router in routers) and len(routers) == len(result.records):  # else elsewhere
+            thresholds = torch.stack([router.budget.threshold for router in routers]).tolist()
+            facts["threshold"] = [round(threshold, 5) for threshold in thresholds]
         return facts
 
     def skip(self, result: StepResult, batch: str) -> None:

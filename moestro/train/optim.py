@@ -67,15 +67,17 @@ def clip_scale(norm: float, most: float) -> float:
     return min(most / (norm + 1e-6), 1.0) if most else 1.0
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The norm of all gradients together."""
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together, float64, where they are."""
     own, others = 0.0, []
     for parameter in parameters:
         if parameter.grad is not None and _takes_kernel(parameter):
             own += cpu.sum_of_squares(parameter.grad)
         elif parameter.grad is not None:
             others.append(parameter.grad)
-    return math.sqrt(own + float(torch.nn.utils.get_total_norm(others)) ** 2)
+    if not others:
+        return torch.tensor(math.sqrt(own), dtype=torch.float64)
+    return (torch.nn.utils.get_total_norm(others).double().square() + own).sqrt()
 
 
 def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> OnePassAdamW:

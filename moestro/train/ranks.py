@@ -6,7 +6,6 @@ ranks, each what it alone holds, and becomes visible when the last has finished.
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -34,7 +33,7 @@ from moestro.nn.router import RoutingRecord, merge
 from moestro.nn.routing_budget import BINS
 from moestro.train.checkpoint import verify
 from moestro.train.device import pick_device
-from moestro.train.engine import Done, Engine, OneRank, learn_in_turn
+from moestro.train.engine import Done, Engine, Learned, OneRank, Stopwatch, learn_in_turn
 from moestro.train.ledger import EVERY, Ledger, News
 from moestro.train.rank_state import (
     KIND,
@@ -53,7 +52,7 @@ from moestro.train.shards import Part, Shards
 from moestro.train.shares import Shares, check_shares
 
 if TYPE_CHECKING:
-    from moestro.train.trainer import StepResult, Trainer
+    from moestro.train.trainer import Trainer
 
 T = TypeVar("T")
 KINDS = ("model", "optimizer", "state", KIND)
@@ -199,7 +198,7 @@ class Ranks:
         of_copy = rows * (copy + 1) // copies - rows * copy // copies
         return own_BS, len(own_BS) / of_copy
 
-    def finish_gradients(self) -> float:
+    def finish_gradients(self) -> Tensor:
         """See `Engine`."""
         self.sum_gradients()
         if self.tied is not None and self.tied.grad is not None:  # on the first and on the last rank of the pipeline
@@ -210,7 +209,7 @@ class Ranks:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     local(parameter.grad).div_(self.mesh["dp_replicate"].size)
-        return float(total_norm(self.parameters, self.parts, self.mesh, self.apart))
+        return total_norm(self.parameters, self.parts, self.mesh, self.apart)
 
     def before_update(self) -> None:
         """See `Engine`."""
@@ -234,37 +233,36 @@ class Ranks:
         between = self.synchroniser.sent_bytes if self.synchroniser else 0.0
         return self.sum_gradients.sent_bytes + between + (self.sum_copies.sent_bytes if self.sum_copies else 0.0)
 
-    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+    def learn(self, trainer: "Trainer", parts: Sequence[Tensor], watch: Stopwatch) -> Learned:
         """Through the pipeline, where there is one."""
         CLOCK.begin()
         with CLOCK.during("exchange"):
-            return self._learn(trainer, parts, result)
+            return self._learn(trainer, parts, watch)
 
-    def _learn(self, trainer: "Trainer", parts: Sequence[Tensor], result: "StepResult") -> list[RoutingRecord]:
+    def _learn(self, trainer: "Trainer", parts: Sequence[Tensor], watch: Stopwatch) -> Learned:
         if self.pipeline is None:
-            return learn_in_turn(trainer, parts, result)
+            return learn_in_turn(trainer, parts, watch)
         rows = [self.own_rows(part_BS) for part_BS in parts]
         token_BS = torch.cat([own_BS for own_BS, _ in rows])
-        begun_s = time.perf_counter()
         with trainer.autocast():
-            result.loss, seen = self.pipeline.learn(token_BS, len(parts), rows[0][1])
-        result.backward_s = time.perf_counter() - begun_s
-        return [merge(records) for records in seen.values()]
+            loss, seen = self.pipeline.learn(token_BS, len(parts), rows[0][1])
+        watch.lap("backward_s")
+        return loss, [merge(records) for records in seen.values()]
 
-    def total(self, loss: float, records: Sequence[RoutingRecord]) -> tuple[float, list[RoutingRecord]]:
+    def total(self, loss: Tensor, records: Sequence[RoutingRecord]) -> Learned:
         """One message: the loss, then every layer's counts, means and histogram; each rank adds what it has."""
         own = dict(zip(self.pipeline.own_layers if self.pipeline else self.layers, records, strict=True))
         rows = torch.zeros(len(self.layers), self.numbers, dtype=torch.float64, device=self.mesh.device)
         for row, layer in zip(rows, self.layers, strict=True):
             if layer in own:
                 row.copy_(_numbers(own[layer]))
-        flat = torch.cat([rows.new_tensor([loss]), rows.flatten()])
+        flat = torch.cat([loss.to(rows).view(1), rows.flatten()])
         flat = self.mesh["pp"].sum(self.split.sum(flat))
         rows = flat[1:].view_as(rows)
         everything = [
             _with_numbers(own.get(layer, self.blank), row) for layer, row in zip(self.layers, rows, strict=True)
         ]
-        return float(flat[0]), everything
+        return flat[0], everything
 
     def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
         """Those of `total` whose routers are here."""

@@ -11,18 +11,21 @@ Dimension key:  B sequences   S positions
 """
 
 import math
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moestro.core.errors import ConfigError
 from moestro.core.specs import ModelSpec
 from moestro.nn.decoder import Decoder, parameter_counts
-from moestro.nn.router import RoutingRecord
+from moestro.nn.moe import MoE
+from moestro.nn.router import RoutingRecord, read_back
 from moestro.train import checkpoint
 from moestro.train.data import Batches, Streams, TokenData
-from moestro.train.device import keep_freed_memory, pick_device, pick_dtype
+from moestro.train.device import keep_freed_memory, on_device, pick_device, pick_dtype
 from moestro.train.engine import Done, Engine, OneRank, Stopwatch
 from moestro.train.optim import clip_scale, lr_share, make_optimizer, set_lr
 from moestro.train.recipe import Recipe
@@ -37,7 +40,7 @@ class StepResult:
     grad_norm: float = 0.0
     applied: bool = True
     records: list[RoutingRecord] = field(default_factory=list)
-    """One per sparse layer, over all micro-batches."""
+    """One per sparse layer, over all micro-batches; what is logged of them is on the host."""
     data_s: float = 0.0
     forward_s: float = 0.0
     backward_s: float = 0.0
@@ -75,6 +78,9 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = Decoder(sized(recipe.model, data.tokenizer.vocab_size)).initialise().to(self.device)
         self.model.recompute = train.recompute
+        for module in self.model.modules():
+            if isinstance(module, MoE):
+                module.fp8 = train.precision == "fp8"
         if train.init:
             folder = checkpoint.find_checkpoint(Path(train.init))
             checkpoint.verify(folder)
@@ -89,16 +95,18 @@ class Trainer:
 
     def run_step(self) -> StepResult:
         """Learn from one batch; the step counts even where it could not be applied."""
-        watch, model, result = Stopwatch(), self.model, StepResult()
-        token_BS = self.batches.at(self.step).to(self.device)
-        result.data_s = watch.lap()
-        model.train()
+        result, begun_s = StepResult(), time.perf_counter()
+        token_BS = on_device(self.batches.at(self.step), self.device)
+        result.data_s = time.perf_counter() - begun_s
+        watch = Stopwatch(self.device)
+        self.model.train()
         parts = token_BS.chunk(self.recipe.train.micro_batches)
-        records = self.engine.learn(self, parts, result)
-        watch.lap()
-        result.loss, result.records = self.engine.total(result.loss, records)
-        self._update(result)
-        result.update_s = watch.lap()
+        loss, records = self.engine.total(*self.engine.learn(self, parts, watch))
+        self._update(result, loss, records)
+        known = watch.read()
+        result.forward_s, result.backward_s = known.get("forward_s", 0.0), known.get("backward_s", 0.0)
+        spent_s = time.perf_counter() - begun_s - result.data_s
+        result.update_s = max(spent_s - result.forward_s - result.backward_s, 0.0)
         self.step += 1
         self.engine.after_update(self.step)
         return result
@@ -107,16 +115,21 @@ class Trainer:
         """Matrix products in the run's type."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def _update(self, result: StepResult) -> None:
-        """Clip and apply, or leave everything as it was."""
+    def _update(self, result: StepResult, loss: Tensor, records: list[RoutingRecord]) -> None:
+        """Clip and apply, or leave everything as it was.
+
+        The one time in a step that the host waits for the device: whether to apply depends on what came out, and what
+        is logged comes along. Thresholds and biases move on the device.
+        """
         spec, steps = self.recipe.optimizer, self.recipe.train.steps
-        result.grad_norm = self.engine.finish_gradients()
+        norm = self.engine.finish_gradients()
+        (result.loss, result.grad_norm), result.records = read_back([loss, norm], records)
         result.applied = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         self.engine.before_update()
         if result.applied:
             set_lr(self.optimizer, lr_share(spec, self.step, steps))
             self.optimizer.apply(clip_scale(result.grad_norm, spec.clip))
-            for router, record in zip(self.model.routers, self.engine.of_own_layers(result.records), strict=True):
+            for router, record in zip(self.model.routers, self.engine.of_own_layers(records), strict=True):
                 router.update(record, (self.step + 1) / steps)
         else:
             for router in self.model.routers:

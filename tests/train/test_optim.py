@@ -74,7 +74,7 @@ def test_one_pass_equals_torchs_clip_and_step(monkeypatch: pytest.MonkeyPatch, k
         for parameter, twin in zip(mine, right, strict=True):
             parameter.grad = None if step == 2 and parameter.dim() == 2 else torch.randn_like(parameter)
             twin.grad = None if parameter.grad is None else parameter.grad.clone()
-        norm = gradient_norm(mine)
+        norm = float(gradient_norm(mine))
         assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(right, 3.0)), rel=1e-5)
         one_pass.apply(clip_scale(norm, 3.0))
         torchs.step()
