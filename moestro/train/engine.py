@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,8 +76,13 @@ class Engine(Protocol):
         """The optimiser is about to move the weights."""
         ...
 
-    def after_update(self, steps_done: int) -> None:
+    def after_update(self, trainer: "Trainer") -> None:
         """After every step, applied or not."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of the last step, for the log."""
         ...
 
     def meet(self) -> None:
@@ -160,8 +165,13 @@ class OneRank:
     def before_update(self) -> None:
         """Nothing to do."""
 
-    def after_update(self, steps_done: int) -> None:
+    def after_update(self, trainer: "Trainer") -> None:
         """Nothing to do."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """None."""
+        return {}
 
     def meet(self) -> None:
         """Nothing to do."""

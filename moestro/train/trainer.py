@@ -100,7 +100,7 @@ class Trainer:
         self._update(result)
         result.update_s = watch.lap()
         self.step += 1
-        self.engine.after_update(self.step)
+        self.engine.after_update(self)
         return result
 
     def autocast(self) -> torch.autocast:
