@@ -37,9 +37,10 @@ from moestro.cluster.topology import Cluster, DeviceSpec, ExceptionSpec, LevelSp
 from moestro.place.bound import quick_bound, relaxed_bound
 from moestro.place.cost import Layer, Placement, contiguous, even_split, exchange_bytes, move_bytes, step_time
 from moestro.place.loads import LoadWriter
+from moestro.place.planner import Gated
 from moestro.place.policy import LONGEST_STEPS
 from moestro.place.prepare import fixed_arrays, loaded, placement_of
-from moestro.place.replay import Gated, Policy, Replay, Stay, replay
+from moestro.place.replay import Policy, Replay, Stay, replay
 from moestro.place.solve import solve, split, spread_start
 
 DEVICE = DeviceSpec(name="H100", memory_gib=80, memory_gb_per_s=3350, peak_tflops={"bf16": 989})

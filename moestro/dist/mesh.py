@@ -161,6 +161,10 @@ class Mesh:
     def __getitem__(self, axis: str) -> Axis:
         return self._axes[axis]
 
+    def beside(self, axis: str) -> Axis:
+        """An axis again with process groups of its own, for exchanges that run while training's go on."""
+        return self._axis(axis, {})
+
 
 def under_torchrun() -> bool:
     """True in a process that a launcher has given a rank."""

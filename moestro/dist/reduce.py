@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from moestro.dist.compression import Compressor, below, make, methods_by_tensor
 from moestro.dist.mesh import Mesh
-from moestro.dist.shard import Parts, held_rows, local
+from moestro.dist.shard import Parts, held_rows, local, pieces
 from moestro.dist.spec import DistSpec
 
 BUCKET_BYTES = 32 << 20
@@ -103,8 +103,12 @@ def total_norm(parameters: Mapping[str, nn.Parameter], parts: Parts, mesh: Mesh,
     square = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            copies = held_rows(parameter, parts[name]).copies(mesh)
-            square += local(parameter.grad).double().square().sum() / copies
+            held = held_rows(parameter, parts[name])
+            counted = [local(parameter.grad)]
+            if held.starts is not None:
+                counted = [part for _, _, part in pieces(name, parameter.grad, held.counted)]
+            for part in counted:
+                square += part.double().square().sum() / held.copies(mesh)
     if apart:
         return (mesh["copy"].sum(square) * mesh.layout.dp_replicate).sqrt().float()
     return mesh["world"].sum(square).sqrt().float()

@@ -8,8 +8,9 @@ gradients are summed, and which ranks have copies (for norms, and for who writes
 Dimension key:  D width   E experts   F hidden width
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -27,6 +28,7 @@ from moestro.nn.decoder import Decoder
 from moestro.nn.experts import LowRankExperts
 from moestro.nn.moe import Dispatcher, FeedForward, MoE
 
+Exchange = AllToAll | Hierarchical
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in every dimension."""
 
@@ -44,6 +46,20 @@ class Held:
     """The axis over which gradients are summed."""
     same_on: tuple[str, ...] = ("dp", "tp")
     """Axes along which every rank holds this same part."""
+    starts: tuple[int, ...] | None = None
+    """Where in the tensor here each box begins; None: one after the other."""
+    spare: tuple[bool, ...] = ()
+    """Boxes that another rank of this expert group holds and counts; empty: none."""
+
+    @property
+    def counted(self) -> "Held":
+        """Without the boxes that others count."""
+        if not self.spare:
+            return self
+        own = [place for place, spare in enumerate(self.spare) if not spare]
+        assert self.starts is not None
+        starts = tuple(self.starts[place] for place in own)
+        return replace(self, boxes=tuple(self.boxes[place] for place in own), starts=starts, spare=())
 
     def copies(self, mesh: Mesh) -> int:
         """Ranks of this stage that hold the same part."""
@@ -63,8 +79,15 @@ def whole(tensor: Tensor) -> Held:
     return Held(tuple(tensor.shape), (tuple((0, size) for size in tensor.shape),))
 
 
-def cut(model: Decoder, mesh: Mesh, spec: DistSpec) -> Parts:
-    """Leave in `model` what this rank holds; raises ConfigError where the mesh does not fit it."""
+CutExperts = Callable[[str, MoE, Exchange], tuple[Parts, Dispatcher]]
+"""(name, layer, exchange): leaves this rank's experts in a layer; returns what they are, and an exchange that finds them."""
+
+
+def cut(model: Decoder, mesh: Mesh, spec: DistSpec, place_experts: CutExperts | None = None) -> Parts:
+    """Leave in `model` what this rank holds; raises ConfigError where the mesh does not fit it.
+
+    place_experts   how experts are spread; None: equally many neighbours on every rank
+    """
     if model.spec.attention.kind == "transformer_xl":
         raise ConfigError(
             "model.attention.kind is transformer_xl, which carries memory from step to step; it trains on one rank: "
@@ -74,8 +97,13 @@ def cut(model: Decoder, mesh: Mesh, spec: DistSpec) -> Parts:
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             module.router.peers = mesh["dp" if spec.sync == "step" else "dp_shard"]
-            parts |= {f"{name}.experts.{key}": held for key, held in cut_experts(module, mesh).items()}
-            module.dispatcher = dispatcher_for(mesh, spec)
+            inner: Dispatcher = (exchange := exchange_for(mesh, spec))
+            if place_experts is None:
+                own = {f"{name}.experts.{key}": held for key, held in cut_experts(module, mesh).items()}
+            else:
+                own, inner = place_experts(f"{name}.experts", module, exchange)
+            parts |= own
+            module.dispatcher = within_parts(inner, mesh)
         if mesh["tp"].size > 1:
             parts |= {f"{name}.{key}": held for key, held in cut_columns(module, mesh["tp"]).items()}
     return parts if spec.sync == "step" else {name: inside_copy(held) for name, held in parts.items()}
@@ -109,11 +137,15 @@ def cut_columns(module: nn.Module, axis: Axis) -> Parts:
     return parts
 
 
-def dispatcher_for(mesh: Mesh, spec: DistSpec) -> Dispatcher:
+def exchange_for(mesh: Mesh, spec: DistSpec) -> Exchange:
     """What carries tokens between experts."""
-    inner: Dispatcher = AllToAll(mesh["ep"], mesh.layout.node, spec.chunks)
     if spec.dispatch == "hierarchical":
-        inner = Hierarchical(mesh["ep_node"], mesh["ep_rail"], mesh.layout.node, spec.chunks)
+        return Hierarchical(mesh["ep_node"], mesh["ep_rail"], mesh.layout.node, spec.chunks)
+    return AllToAll(mesh["ep"], mesh.layout.node, spec.chunks)
+
+
+def within_parts(inner: Dispatcher, mesh: Mesh) -> Dispatcher:
+    """The exchange where ranks of tp share tokens or experts."""
     if mesh["tp"].size == 1:
         return inner
     return SplitExperts(inner, mesh["tp"]) if mesh.layout.expert_tp else TokenParts(inner, mesh["tp"])
@@ -185,8 +217,12 @@ def held_rows(tensor: Tensor, held: Held) -> Held:
 def pieces(name: str, tensor: Tensor, held: Held) -> Iterator[tuple[str, Box, Tensor]]:
     """(name, box, numbers) of every box of a tensor that is here and not empty."""
     here = held_rows(tensor, held)
-    sizes = [box[here.dim][1] - box[here.dim][0] for box in here.boxes] if here.shape else [1]
-    numbers = local(tensor).split(sizes, here.dim) if here.shape else (local(tensor),)
-    for box, part in zip(here.boxes, numbers, strict=True):
+    if not here.shape:
+        yield name, (), local(tensor)
+        return
+    sizes = [box[here.dim][1] - box[here.dim][0] for box in here.boxes]
+    starts = list(accumulate(sizes, initial=0))[:-1] if here.starts is None else here.starts
+    for box, start, size in zip(here.boxes, starts, sizes, strict=True):
+        part = local(tensor).narrow(here.dim, start, size)
         if part.numel():
             yield name, box, part

@@ -57,6 +57,8 @@ class Layer:
     state_bytes: float = 0.0
     """Of one expert: weights, master weights and both moments."""
     sync_share: float = 0.25
+    homes_move: bool = False
+    """An expert's home is the first holder of whatever placement is judged, as in training; not for bounds."""
     horizon_steps: float = 100.0
     exchanges: float = 4.0
     passes: float = 3.0
@@ -86,8 +88,8 @@ class Layer:
 
     @property
     def home_E(self) -> Ints:
-        """Where an expert's optimiser lives: its first holder."""
-        return np.asarray(self.held_EG.argmax(axis=1))
+        """Where an expert's optimiser lives: its first holder; -1 where that is not fixed."""
+        return np.asarray(-np.ones(len(self.held_EG), np.int64) if self.homes_move else self.held_EG.argmax(axis=1))
 
     @property
     def nearest_EG(self) -> Ints:
@@ -229,7 +231,7 @@ def _merged_bytes(layer: Layer, placement: Placement) -> Floats:
 def sync_bytes(layer: Layer, held_EG: Bools) -> Floats:
     """Bytes on every link for the replicas' gradients, and the weights that come back."""
     expert_R, device_R = np.nonzero(held_EG)
-    home_R = layer.home_E[expert_R]
+    home_R = (held_EG.argmax(axis=1) if layer.homes_move else layer.home_E)[expert_R]
     away = home_R != device_R
     amount_GG = np.zeros((layer.links.devices,) * 2)
     np.add.at(amount_GG, (device_R[away], home_R[away]), layer.gradient_bytes)

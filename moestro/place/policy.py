@@ -1,4 +1,4 @@
-"""When to move experts: a pure decision from predicted times, called by `place.replay` and, live, by `train.rebalance`.
+"""When to move experts: a pure decision from predicted times, called by `place.planner`.
 
     now, planned, moving, drift, error -> decide -> Verdict
 

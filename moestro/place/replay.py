@@ -4,7 +4,7 @@
 
 Every `interval` steps the policy sees the counts so far and may plan; steps run on the loads that come after. Moving is
 blocking: the new replicas' weights and optimiser state over their busiest link. Policies are objects with `plan`; ours
-is `Gated`, baselines are in benchmarks/place.py.
+is `planner.Gated`, which training uses too; baselines are in benchmarks/place.py.
 
 Dimension key:  N samples   S sources   E experts   G devices
 """
@@ -17,10 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moestro.place.cost import Layer, Placement, move_bytes, step_time
-from moestro.place.policy import Verdict, decide, life_steps
-from moestro.place.predict import Predictor
-from moestro.place.prepare import NO_LIMIT
-from moestro.place.solve import solve, split
+from moestro.place.solve import split
 
 Floats = NDArray[np.float64]
 
@@ -93,56 +90,3 @@ class Stay:
         if self.first is None:
             self.first = split(layer, layer.held_EG)
         return self.first
-
-
-@dataclass(kw_only=True)
-class Gated:
-    """Ours: predict, refit shares, search near the placement in force, move when it pays back."""
-
-    interval_steps: int
-    total_steps: int
-    budget_share: float = 0.15
-    """Most slots that one plan may copy."""
-    afresh_every: int = 25
-    """Samples between searches that may move everything."""
-    effort: float = 0.5
-    predictor: Predictor | None = None
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    def plan(self, layer: Layer, sample: int) -> Placement:
-        """The placement in force with fresh shares, or a better one."""
-        sources, experts = layer.token_SE.shape
-        if self.predictor is None:
-            self.predictor = Predictor(1, sources * experts)
-        self.predictor.update(layer.token_SE.reshape(1, -1))
-        load_LX, error_L = self.predictor.predict()
-        token_SE = load_LX[0].reshape(sources, experts)
-        watched = float((sample + 1) * self.interval_steps)
-        life = life_steps(
-            drift=float(self.predictor.drift_L[0]),
-            interval_steps=self.interval_steps,
-            watched_steps=max(watched, 10.0 * self.interval_steps),
-            left_steps=self.total_steps - watched,
-        )
-        expected = replace(layer, token_SE=token_SE, horizon_steps=max(life, 1.0))
-        stay = split(expected, layer.held_EG)
-        now_s = step_time(expected, stay).total_s
-        best, chosen = stay, 0.0
-        for most_new in self._budgets(layer, sample):
-            answer = solve(expected, effort=self.effort, gentle=most_new is not None, most_new=most_new or NO_LIMIT)
-            verdict = decide(
-                now_s=now_s,
-                planned_s=answer.time.total_s - answer.time.move_s,
-                move_s=answer.time.move_s * expected.horizon_steps,
-                life=life,
-                error=float(error_L[0]),
-            )
-            self.verdicts.append(verdict)
-            if verdict.move and verdict.saved_s - verdict.cost_s > chosen:
-                best, chosen = answer.placement, verdict.saved_s - verdict.cost_s
-        return best
-
-    def _budgets(self, layer: Layer, sample: int) -> list[int | None]:
-        """A few replicas every time; now and then, and at first, a search without limit."""
-        few: int | None = max(int(self.budget_share * layer.slot_G.sum()), 1)
-        return [few, None] if sample % self.afresh_every == 0 else [few]

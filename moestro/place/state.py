@@ -334,8 +334,24 @@ def _grow_host_share(fixed: Fixed, state: State, expert: int, at: int, to: int, 
 
 
 @compiled
+def sync_with_first(fixed: Fixed, state: State, expert: int, sign: int) -> None:
+    """Add (or drop) the gradients' ways between all replicas and the first device that holds one: its home is there."""
+    count = state.count_E[expert]
+    home = state.replica_EP[expert, :count].min() if count else 0
+    for replica in range(count):
+        device = state.replica_EP[expert, replica]
+        for place in range(fixed.pair_route_GGR.shape[2] if device != home else 0):
+            for link in (fixed.pair_route_GGR[home, device, place], fixed.pair_route_GGR[device, home, place]):
+                if link >= 0:
+                    state.sync_L[link] += sign * fixed.sync_cost_L[link]
+
+
+@compiled
 def hold(fixed: Fixed, state: State, expert: int, device: int, sign: int) -> None:
     """Add (or drop) a replica: its slot, its gradients' way home, its copying. Flows are the caller's."""
+    home_moves = fixed.home_E[expert] < 0
+    if home_moves:
+        sync_with_first(fixed, state, expert, -1)
     state.held_EG[expert, device] = 1 if sign > 0 else 0
     if sign > 0:
         state.resident_GC[device, state.used_G[device]] = expert
@@ -354,10 +370,12 @@ def hold(fixed: Fixed, state: State, expert: int, device: int, sign: int) -> Non
                 state.resident_GC[device, place] = state.resident_GC[device, end]
                 break
     state.used_G[device] += sign
+    if home_moves:
+        sync_with_first(fixed, state, expert, 1)
     home, nearest = fixed.home_E[expert], fixed.nearest_EG[expert, device]
     state.new_1[0] += sign if nearest >= 0 else 0
     for place in range(fixed.pair_route_GGR.shape[2]):
-        if home != device:
+        if home != device and not home_moves:
             for link in (fixed.pair_route_GGR[home, device, place], fixed.pair_route_GGR[device, home, place]):
                 if link >= 0:
                     state.sync_L[link] += sign * fixed.sync_cost_L[link]

@@ -79,8 +79,13 @@ class Engine(Protocol):
         """The optimiser is about to move the weights."""
         ...
 
-    def after_update(self, steps_done: int) -> None:
+    def after_update(self, trainer: "Trainer") -> None:
         """After every step, applied or not."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of the last step, for the log."""
         ...
 
     def meet(self) -> None:
@@ -163,8 +168,13 @@ class OneRank:
     def before_update(self) -> None:
         """Nothing to do."""
 
-    def after_update(self, steps_done: int) -> None:
+    def after_update(self, trainer: "Trainer") -> None:
         """Nothing to do."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """None."""
+        return {}
 
     def meet(self) -> None:
         """Nothing to do."""

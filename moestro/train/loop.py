@@ -168,6 +168,8 @@ class _Session:
         )
         if self.recipe.train.tensorboard and not installed():
             self.watcher.say(INSTALL)
+        if self.recipe.balance.slotted and self.recipe.dist.ep == 1:
+            self.watcher.say("balance: dist.ep is 1, so every rank holds all experts and there is nothing to balance")
 
     def run(self, stop: Stop) -> Outcome:
         """Steps until the last or until `stop` asks."""
@@ -250,6 +252,7 @@ class _Session:
         facts |= {name: round(getattr(result, name), 5) for name in ("data_s", "forward_s", "backward_s", "update_s")}
         if self.engine.sent_bytes:
             facts["sent_bytes"] = round(self.engine.sent_bytes)
+        facts |= self.engine.facts
         if result.records:
             records = result.records
             facts["experts"] = [round(record.mean_experts, 4) for record in records]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,11 @@ from moestro.dist.zero import shard
 from moestro.nn.decoder import Decoder, Output
 from moestro.nn.router import RoutingRecord, merge
 from moestro.nn.routing_budget import BINS
+from moestro.train.balance import Balance, open_balance
 from moestro.train.checkpoint import verify
 from moestro.train.device import pick_device
 from moestro.train.engine import Done, Engine, Learned, OneRank, Stopwatch, learn_in_turn
+from moestro.train.exchange_facts import ExchangeFacts, exchange_facts
 from moestro.train.ledger import EVERY, Ledger, News
 from moestro.train.rank_state import (
     KIND,
@@ -124,6 +126,9 @@ class Ranks:
 
     def __init__(self, layout: Layout, device: torch.device, recipe: Recipe) -> None:
         self.mesh, self.spec, self.length = Mesh(layout, device), recipe.dist, recipe.train.length
+        self.recipe = recipe
+        self.balance: Balance | None = None
+        self.exchanges: ExchangeFacts | None = None
         self.sharded: list[FSDPModule] = []
         self.pipeline: Pipeline | None = None
         self.tied: nn.Parameter | None = None
@@ -157,7 +162,9 @@ class Ranks:
             bins = torch.zeros(BINS) if steered else None
             self.blank = RoutingRecord(count_E, 0, nothing, nothing, nothing, torch.zeros(0), bins)
             self.numbers = len(_numbers(self.blank))
-        self.parts = cut(model, self.mesh, self.spec)
+        self.balance = open_balance(self.recipe, model, self.mesh, self.first)
+        self.parts = cut(model, self.mesh, self.spec, self.balance.placed.cut if self.balance else None)
+        self.exchanges = exchange_facts(model, self.mesh, self.balance.placed.placements if self.balance else None)
         if self.mesh["pp"].size > 1:
             self.pipeline = Pipeline(model, self.spec, self.mesh["pp"], self.length)
             if spec.tied_head and isinstance(model.embedding, nn.Embedding):
@@ -183,7 +190,9 @@ class Ranks:
             module.reshard()
 
     def meet(self) -> None:
-        """See `Engine`."""
+        """See `Engine`; experts on their way arrive."""
+        if self.balance:
+            self.balance.placed.arrive()
         if self.synchroniser:
             self.synchroniser.meet()
             average(self.buffers, self.mesh["dp_replicate"])
@@ -204,6 +213,8 @@ class Ranks:
         if self.tied is not None and self.tied.grad is not None:  # on the first and on the last rank of the pipeline
             grad = local(self.tied.grad)
             grad.copy_(self.mesh["ends"].sum(grad))
+        if self.balance:
+            self.balance.placed.replicas()
         if self.sum_copies and self.steps < self.spec.sync_after:  # post-local: synchronous at first
             self.sum_copies()
             for parameter in self.parameters.values():
@@ -216,25 +227,44 @@ class Ranks:
         if self.synchroniser:
             self.synchroniser.before_step()
 
-    def after_update(self, steps_done: int) -> None:
-        """See `Engine`."""
-        self.steps = steps_done
+    def after_update(self, trainer: "Trainer") -> None:
+        """See `Engine`; now and then experts begin to move."""
+        self.steps = trainer.step
         if self.synchroniser:
-            self.synchroniser.after_step(steps_done)
-        CLOCK.end(steps_done)
+            self.synchroniser.after_step(self.steps)
+        CLOCK.end(self.steps)
+        if self.balance and self.balance.after_step(self.steps, trainer.optimizer, self.first):
+            self._follow_placement()
+
+    def _follow_placement(self) -> None:
+        """Experts live elsewhere from now on."""
+        assert self.balance is not None
+        assert self.exchanges is not None
+        self.parts |= self.balance.placed.parts
+        self.exchanges.follow(self.balance.placed.placements)
 
     def news(self, last: bool) -> list[News]:
         """See `Engine`."""
-        return self.ledger.news(self.steps, last)
+        moved = self.balance.news(self.steps) if self.balance else []
+        return moved + self.ledger.news(self.steps, last)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """See `Engine`: what dispatch did."""
+        return self.exchanges.facts if self.exchanges else {}
 
     @property
     def sent_bytes(self) -> float:
         """For gradients or updates of dense weights and experts, by this rank, so far."""
         between = self.synchroniser.sent_bytes if self.synchroniser else 0.0
-        return self.sum_gradients.sent_bytes + between + (self.sum_copies.sent_bytes if self.sum_copies else 0.0)
+        replicas = self.balance.placed.replicas.sent_bytes if self.balance else 0.0
+        copies = self.sum_copies.sent_bytes if self.sum_copies else 0.0
+        return self.sum_gradients.sent_bytes + between + copies + replicas
 
     def learn(self, trainer: "Trainer", parts: Sequence[Tensor], watch: Stopwatch) -> Learned:
         """Through the pipeline, where there is one."""
+        if self.exchanges:
+            self.exchanges.begin()
         CLOCK.begin()
         with CLOCK.during("exchange"):
             return self._learn(trainer, parts, watch)
@@ -256,9 +286,16 @@ class Ranks:
         for row, layer in zip(rows, self.layers, strict=True):
             if layer in own:
                 row.copy_(_numbers(own[layer]))
-        flat = torch.cat([loss.to(rows).view(1), rows.flatten()])
+        extra = rows.new_zeros(0)
+        if self.exchanges:
+            extra = self.mesh["tp"].sum(self.exchanges.numbers(own).to(extra))
+        if self.balance:
+            self.balance.watch(records)
+        flat = torch.cat([loss.to(rows).view(1), rows.flatten(), extra])
         flat = self.mesh["pp"].sum(self.split.sum(flat))
-        rows = flat[1:].view_as(rows)
+        if self.exchanges:
+            self.exchanges.read(flat[1 + rows.numel() :])
+        rows = flat[1 : 1 + rows.numel()].view_as(rows)
         everything = [
             _with_numbers(own.get(layer, self.blank), row) for layer, row in zip(self.layers, rows, strict=True)
         ]
@@ -310,6 +347,8 @@ class Ranks:
             self._commit()
             if under_way.folder == folder:  # asked to stop while this very checkpoint was being written
                 return
+        if self.balance:
+            self.balance.placed.arrive()
         saving = Saving(folder, trainer.step)
         facts = mesh_facts(self.mesh.layout, self.spec)
         self.first(lambda: saving.begin(trainer.model, tokenizer, facts))
@@ -342,7 +381,8 @@ class Ranks:
         state = [whole_part("random", torch.get_rng_state())] if self.leads else []
         if self.leads and (row_P := self.shares.state()):
             state.append(whole_part("shares", torch.tensor(row_P)))
-        yield state
+        placements = self.balance.state() if self.balance else {}  # asks all ranks
+        yield state + [whole_part(key, value) for key, value in placements.items() if self.leads]
         moments = {
             f"{key}.{name}": value
             for name, parameter in self.parameters.items()
@@ -355,10 +395,10 @@ class Ranks:
         """The parts of a tensor that this rank writes; `place` is the parameter that says where they belong."""
         held = self.parts[place]
         if tensor.dim() == 0 and held.shape:  # the optimiser's step count
-            held = replace(held, shape=(), boxes=((),))
+            held = replace(held, shape=(), boxes=((),), starts=None, spare=())
         if not held_rows(tensor, held).writes(self.mesh):
             return []
-        return [(key, held.shape, box, part) for key, box, part in pieces(name, tensor, held)]
+        return [(key, held.shape, box, part) for key, box, part in pieces(name, tensor, held.counted)]
 
     @torch.no_grad()
     def restore(self, folder: Path, trainer: "Trainer") -> tuple[int, str]:
@@ -366,7 +406,9 @@ class Ranks:
         manifest = self.first(lambda: dict(verify(folder)))
         if not isinstance(manifest.get("step"), int):
             raise CheckpointError(f"{folder} has no optimiser state; start from it with train.init={folder}")
-        model, moments = Shards(folder, "model"), Shards(folder, "optimizer")
+        model, moments, state = (Shards(folder, kind) for kind in KINDS[:3])
+        if self.balance and self.balance.go_back(state):
+            self._follow_placement()
         for name, tensor in trainer.model.state_dict().items():
             self._read(model, name, name, tensor)
         for name, parameter in self.parameters.items():
@@ -376,7 +418,6 @@ class Ranks:
                 self._read(moments, f"{kind}.{name}", name, value)
             if entries:
                 trainer.optimizer.state[parameter] = entries
-        state = Shards(folder, "state")
         if "shares" in state.shapes:
             self.shares.restore(state.read("shares").tolist())
         self.steps = int(manifest["step"])
@@ -409,6 +450,8 @@ class Ranks:
         if tensor.dim() == 0:
             local(tensor).copy_(shards.read(name))
             return
+        if self.parts[place].starts is not None:
+            tensor.zero_()  # empty slots
         for _, box, part in pieces(name, tensor, self.parts[place]):
             part.copy_(shards.read(name, box))
 

@@ -13,6 +13,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.specs import ModelSpec
 from moestro.core.tokens import bpe_size
 from moestro.dist.spec import DistSpec
+from moestro.train.balance_spec import BalanceSpec, check_balance
 
 STDLIB = "stdlib"
 """data.source: the source code of the Python standard library on this machine."""
@@ -170,10 +171,12 @@ class Recipe:
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     report: ReportSpec = field(default_factory=ReportSpec)
     dist: DistSpec = field(default_factory=DistSpec)
+    balance: BalanceSpec = field(default_factory=BalanceSpec)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must be 0 or more")
+        check_balance(self.balance, self.dist, self.model)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

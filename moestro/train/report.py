@@ -27,6 +27,7 @@ from moestro.train.device import one_thread
 from moestro.train.history import read_history
 from moestro.train.rank_charts import balance_text, rank_charts
 from moestro.train.recipe import ReportSpec
+from moestro.train.report_balance import balance_charts, balance_words
 from moestro.train.report_charts import (
     Run,
     learning_charts,
@@ -53,6 +54,7 @@ def write_report(folder: RunFolder) -> Path:
         _header(run, title),
         _section("Learning", "", _grid(map(figure, learning_charts(run)), "first")),
         _experts(run),
+        _section("Balance", " ".join(balance_words(run)), _grid(map(figure, balance_charts(run)), "even")),
         _section("Speed", "", _grid(map(figure, speed_charts(run)), "even")),
         _ranks(run),
         _samples(run, folder),

@@ -115,7 +115,7 @@ def learning_charts(run: Run) -> list[Chart]:
 
 def _loss_chart(run: Run) -> Chart | None:
     history = run.history
-    series = _raw_and_smooth("training", history.steps(), history.column("bits_per_byte"), "c0")
+    series = raw_and_smooth("training", history.steps(), history.column("bits_per_byte"), "c0")
     measured: tuple[tuple[bool, str, str, Style], ...] = (
         (False, "held-out sample", "c1", "dots"),
         (True, "held-out, all of it", "ink", "dot"),
@@ -134,7 +134,7 @@ def _loss_chart(run: Run) -> Chart | None:
     return line_chart("Loss", series, x=run.x, y=y, references=references, height=300, note=note)
 
 
-def _raw_and_smooth(name: str, step_N: Numbers, value_N: Numbers, colour: str) -> list[Series]:
+def raw_and_smooth(name: str, step_N: Numbers, value_N: Numbers, colour: str) -> list[Series]:
     """Every step, faint, and a moving mean on top where there are enough steps for one."""
     if not len(value_N):
         return []
@@ -298,7 +298,7 @@ def speed_charts(run: Run) -> list[Chart]:
     step_N = history.steps()
     if not len(step_N):
         return []
-    series = _raw_and_smooth("tokens/s", step_N, history.column("tokens_per_s"), "c2")
+    series = raw_and_smooth("tokens/s", step_N, history.column("tokens_per_s"), "c2")
     charts = [line_chart("Throughput", series, x=run.x, y=Axis(unit="tokens/s", low=0))]
     phases = history.phase_s
     if len(step_N) > 1 and phases:

@@ -108,7 +108,7 @@ class Trainer:
         spent_s = time.perf_counter() - begun_s - result.data_s
         result.update_s = max(spent_s - result.forward_s - result.backward_s, 0.0)
         self.step += 1
-        self.engine.after_update(self.step)
+        self.engine.after_update(self)
         return result
 
     def autocast(self) -> torch.autocast:

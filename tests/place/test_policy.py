@@ -1,12 +1,13 @@
-"""`place.policy`, `place.predict`, `place.replay`: move when it pays, follow drift, spend less."""
+"""`place.policy`, `place.predict`, `place.planner`, `place.replay`: move when it pays, follow drift, spend less."""
 
 import numpy as np
 import pytest
 from parks import layer, park, skewed
 
+from moestro.place.planner import Gated
 from moestro.place.policy import Reason, decide, life_steps
 from moestro.place.predict import Predictor, mean_load
-from moestro.place.replay import Gated, Stay, replay
+from moestro.place.replay import Stay, replay
 
 SURE = {"life": 100.0, "error": 0.0}
 

@@ -46,6 +46,17 @@ def test_tiny_layers_are_solved_within_two_percent_of_the_optimum(case: Layer) -
     assert found <= best * 1.02
 
 
+def test_where_homes_move_an_expert_without_replicas_sends_no_gradients() -> None:
+    case = replace(TINY[2], homes_move=True, state_bytes=0.0, gradient_bytes=5e6, sync_share=1.0)
+    swapped_EG = case.held_EG[:, ::-1]
+    assert step_time(case, split(case, swapped_EG)).sync_s == 0.0 < step_time(TINY[2], split(case, swapped_EG)).sync_s
+    found = solve(case)
+    assert found.time.total_s <= brute_force(case) * 1.02
+    links = fixed_arrays(case).sync_cost_L
+    both_EG = np.array([[True, True], [True, False], [False, True]])
+    np.testing.assert_allclose(loaded(fixed_arrays(case), both_EG).sync_L, links)  # one replica: every link once
+
+
 @pytest.mark.parametrize("case", TINY)
 def test_bounds_stay_below_the_optimum(case: Layer) -> None:
     optimum = exact(case, 20).step_s
