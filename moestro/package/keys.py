@@ -19,7 +19,7 @@ SIGNING_KINDS = ("ed25519", "p256", "mldsa65")
 RECEIVING_KINDS = ("x25519", "mlkem768-x25519")
 HYBRID = "MLKEM768_X25519"
 KEY_FILE_BYTES = 1 << 16
-BLOCK = re.compile(rb"-----BEGIN [A-Z ]+-----.+?-----END [A-Z ]+-----\n?", re.DOTALL)
+BLOCK = re.compile(rb"-----BEGIN [A-Z ]{1,40}-----[^-]+-----END [A-Z ]{1,40}-----\n?")
 
 
 def _suite(kem: str) -> Any:
