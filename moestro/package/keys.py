@@ -137,7 +137,7 @@ def _blocks(path: Path) -> list[bytes]:
 
 
 def _load(path: Path, private: bool) -> list[Any]:
-    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization as s
 
     try:
@@ -145,7 +145,7 @@ def _load(path: Path, private: bool) -> list[Any]:
         if private:
             return [s.load_pem_private_key(block, password=None) for block in blocks]
         return [s.load_pem_public_key(block) for block in blocks]
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError) as error:
         kind = "private" if private else "public"
         raise ConfigError(f"{path} is not a usable {kind} key in PEM form: {str(error)[:80]}") from error
 

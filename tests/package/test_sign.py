@@ -111,6 +111,15 @@ def test_a_signature_of_another_package_does_not_serve(package: Path, model: Pat
         verify(tmp_path / "q", Trust.load([public]))
 
 
+def test_a_key_whose_bytes_do_not_fit_its_kind_is_refused(package: Path, tmp_path: Path) -> None:
+    key, _ = keyed(tmp_path, "a")
+    lines = key.read_bytes().split(b"\n")
+    lines[1] = base64.b64encode(base64.b64decode(lines[1]).replace(b"\x2b\x65\x70", b"\x2b\x65\x6f"))  # now X448
+    key.write_bytes(b"\n".join(lines))
+    with pytest.raises(ConfigError, match="not a usable private key"):
+        sign_package(package, key)
+
+
 def test_key_files_are_private_and_never_overwritten(package: Path, tmp_path: Path) -> None:
     key, public = keyed(tmp_path, "a")
     assert key.stat().st_mode & 0o777 == 0o600
