@@ -13,6 +13,8 @@ import argparse
 import faulthandler
 import json
 import os
+import resource
+import signal
 import sys
 import tempfile
 import time
@@ -28,8 +30,8 @@ from ship import fuzzing as network
 
 BLOCK, TRIES = 20_000, 5_000
 """Mutants, and tries of tampering, between two notes."""
-HANGS_S = 120
-"""A block that takes longer ends the process with a trace."""
+HANGS_S, WAITS_S = 120, 1800
+"""A block that takes more CPU seconds, or seconds, ends the process with a trace."""
 SLOW_S = 1.0
 Row = dict[str, Any]
 
@@ -55,7 +57,8 @@ def mutants(count: int, seed: int, row: Row, note: Any) -> None:
             row["parsers"] = len(parsers)
             start, blocks = row.get("blocks", 0), -(-count // BLOCK)
             for block in range(start, blocks):
-                faulthandler.dump_traceback_later(HANGS_S, exit=True)
+                faulthandler.dump_traceback_later(WAITS_S, exit=True)
+                resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + HANGS_S, resource.RLIM_INFINITY))
                 print(f"block {block} of {blocks}", file=sys.stderr, flush=True)
                 found = fuzzing.fuzz(parsers, BLOCK, [seed, block])
                 assert found.slowest_s < SLOW_S, f"a mutant of block {block} took {found.slowest_s:.1f} s"
@@ -68,6 +71,7 @@ def mutants(count: int, seed: int, row: Row, note: Any) -> None:
                 add(row, "refused", found.refused)
                 note()
     faulthandler.cancel_dump_traceback_later()
+    resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def tampering(tries: int, seed: int, row: Row, note: Any) -> None:
@@ -90,6 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     faulthandler.enable()
+    faulthandler.register(signal.SIGXCPU, chain=True)
     out: Path | None = args.out
     row: Row = {"bench": "fuzz", "seed": args.seed, "cpus": os.cpu_count()}
     if args.block is not None:
