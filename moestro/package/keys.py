@@ -132,7 +132,7 @@ def _blocks(path: Path) -> list[bytes]:
     except OSError as error:
         raise ConfigError(f"key file {path} cannot be read: {error.strerror}") from error
     if not found:
-        raise ConfigError(f"{path} holds no PEM key; make one with moestro keygen")
+        raise ConfigError(f"{path} holds no PEM key; make one with moestro keygen NAME")
     return found
 
 
@@ -154,7 +154,7 @@ def load_signing(path: Path) -> Any:
     """A private key that signs."""
     key = _load(path, private=True)[0]
     if not hasattr(key, "sign"):
-        raise ConfigError(f"{path} is no signing key; make one with moestro keygen {SIGNING_KINDS[0]}")
+        raise ConfigError(f"{path} is no signing key; make one with moestro keygen NAME --kind {SIGNING_KINDS[0]}")
     return key
 
 
@@ -188,7 +188,9 @@ def _received(path: Path, parts: list[Any]) -> tuple[str, Any, list[Any]]:
         hpke = _hpke()
         joined = hpke.MLKEM768X25519PrivateKey if "Private" in names[0] else hpke.MLKEM768X25519PublicKey
         return HYBRID, joined(*parts), parts
-    raise ConfigError(f"{path} holds {' and '.join(names)}; encryption needs X25519, made by moestro keygen x25519")
+    raise ConfigError(
+        f"{path} holds {' and '.join(names)}; encryption needs X25519, made by moestro keygen NAME --kind x25519"
+    )
 
 
 def _hpke() -> Any:

@@ -22,7 +22,7 @@ from moestro.package import canonical
 from moestro.package.limits import MAX_SEGMENT_BYTES, MAX_SEGMENTS
 from moestro.package.paths import check_paths
 from moestro.package.safetensors import Header, HeaderTensor, read_header
-from moestro.package.spans import Bytes, Part
+from moestro.package.spans import Mapped, Part
 
 CHECKPOINT = "moestro-checkpoint-1"
 """`format` in manifest.json of our checkpoints (`train.checkpoint`)."""
@@ -181,7 +181,7 @@ def _weights(path: Path, file: str) -> tuple[Header, list[tuple[HeaderTensor, Pa
         size = os.fstat(opened.fileno()).st_size
         if not size:
             raise ConversionError(f"{file} is empty")
-        view = memoryview(mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ))
-    header = read_header(view, file)
-    whole = Bytes(view)
+        mapped = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ)
+    header = read_header(memoryview(mapped), file)
+    whole = Mapped(mapped, 0, size)
     return header, [(t, Part(whole, header.data_start + t.start, t.length)) for t in header.tensors]

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from package.samples import contents, save_model, tensors
@@ -59,7 +60,6 @@ from moestro.package.sign import Trust
 from moestro.package.sources import CHECKPOINT, gather
 from moestro.package.spans import Bytes
 
-Random = np.random.Generator
 NUMBERS = [0, 1, 2, 31, 63, 64, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53 - 1, 2**53, 2**63, 2**64 - 1]
 VALUES = [None, True, -1, 0, 1, 64, 2**53, 2**53 - 1, "", "..", "\x00", "x" * 600, [], [[]], {}, "0" * 64, 1e9, "raw"]
 SLOW_S = 1.0
@@ -93,37 +93,42 @@ class Findings:
     cpu_s: float = 0.0
 
 
+def below(random: Random, bound: int) -> int:
+    """A whole number in 0..bound-1, near enough to evenly, in a fifth of the time of `randrange`."""
+    return int(random.random() * bound)
+
+
 def mutant(random: Random, seed: bytes) -> bytearray:
     """One to three changes; most mutants keep their length, so that they get past the checks of lengths."""
     data = bytearray(seed)
     has_json = b'{"' in seed
     kinds = KINDS[: 4 if random.random() < 0.6 else None]
-    for _ in range(random.integers(1, 4)):
+    for _ in range(1 + below(random, 3)):
         if has_json and random.random() < 0.4:
             _mutate_json(random, data)
         elif data:
-            at = int(random.integers(len(data)))
-            length = int(random.integers(1, 1 + min(64, len(data) - at)))
-            kinds[random.integers(len(kinds))](random, data, at, length)
+            at = below(random, len(data))
+            length = 1 + below(random, min(64, len(data) - at))
+            kinds[below(random, len(kinds))](random, data, at, length)
     return data
 
 
 def _flip(random: Random, data: bytearray, at: int, length: int) -> None:
-    data[at] ^= 1 << int(random.integers(8))
+    data[at] ^= 1 << below(random, 8)
 
 
 def _set(random: Random, data: bytearray, at: int, length: int) -> None:
-    data[at] = int(random.integers(256))
+    data[at] = below(random, 256)
 
 
 def _number(random: Random, data: bytearray, at: int, length: int) -> None:
-    width = min(int(random.choice([2, 4, 8])), len(data) - at)
-    number = int(NUMBERS[random.integers(len(NUMBERS))]) % (1 << 8 * width)
+    width = min(2 << below(random, 3), len(data) - at)
+    number = NUMBERS[below(random, len(NUMBERS))] % (1 << 8 * width)
     data[at : at + width] = number.to_bytes(width, "little")
 
 
 def _exchange(random: Random, data: bytearray, at: int, length: int) -> None:
-    other = int(random.integers(len(data) - length + 1))
+    other = below(random, len(data) - length + 1)
     data[at : at + length] = data[other : other + length]
 
 
@@ -155,9 +160,9 @@ def _mutate_json(random: Random, data: bytearray) -> None:
     node, key = _place(random, table)
     if node is None:
         return
-    match random.integers(3):
+    match below(random, 3):
         case 0:
-            node[key] = VALUES[random.integers(len(VALUES))]
+            node[key] = VALUES[below(random, len(VALUES))]
         case 1:
             del node[key]
         case 2 if isinstance(node, list):
@@ -179,7 +184,7 @@ def _place(random: Random, table: object) -> tuple[object, object]:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))  # type: ignore[arg-type]
         if not keys:
             return None, None
-        key = keys[random.integers(len(keys))]
+        key = keys[below(random, len(keys))]
         inner = node[key]  # type: ignore[index]
         if not isinstance(inner, (dict, list)) or random.random() < 0.2 or (isinstance(node, list) and not inner):
             return (
@@ -325,7 +330,7 @@ def _folder_targets(folder: Path) -> list[Target]:
     return [
         Target(
             f"{name} of {Path(file).name}", [(folder / name / file).read_bytes()],
-            Written(folder / name / file, described(folder / name)).read, turns=2,
+            Written(folder / name / file, described(folder / name)).read, turns=1,
         )
         for name, file in places
     ]  # fmt: skip
@@ -375,11 +380,11 @@ class Written:
 
 def fuzz(parsers: list[Target], count: int, seed: int | list[int]) -> Findings:
     """Try so many mutants, in turns over the parsers; raises what a parser should not have raised."""
-    random, found, start = np.random.default_rng(seed), Findings(), time.process_time()
+    random, found, start = Random(str(seed)), Findings(), time.process_time()
     turns = [parser for parser in parsers for _ in range(parser.turns)]
-    for number in random.permutation(count):
+    for number in range(count):
         target = turns[number % len(turns)]
-        data = mutant(random, target.seeds[random.integers(len(target.seeds))])
+        data = mutant(random, target.seeds[below(random, len(target.seeds))])
         if target.mend is not None and random.random() < 0.5:
             target.mend(data)
         given, began = bytes(data), time.process_time()
@@ -398,12 +403,11 @@ def fuzz(parsers: list[Target], count: int, seed: int | list[int]) -> Findings:
 
 def tamper_sealed(count: int, seed: int | list[int]) -> Counter[str]:
     """Change ciphertext of three chunks in so many ways; reading must fail by the encryption alone, without digests."""
-    random, found, chunk = np.random.default_rng(seed), Counter[str](), CHUNK_BYTES + TAG_BYTES
-    plain = random.bytes(2 * CHUNK_BYTES + 999)
-    texts = []
+    random, found, chunk = Random(str(seed)), Counter[str](), CHUNK_BYTES + TAG_BYTES
+    plain = random.randbytes(2 * CHUNK_BYTES + 999)
+    texts, cuts = [], range(0, len(plain), CHUNK_BYTES)
     for _ in range(2):  # two releases under the same data key
         sealer = Sealer([Kek("k", bytes(32))], "demo", dek=bytes(range(32)))
-        cuts = range(0, len(plain), CHUNK_BYTES)
         sealed = [bytes(sealer.seal(at >> 20, plain[at : at + CHUNK_BYTES], at == cuts[-1])) for at in cuts]
         texts.append((sealer.envelope(len(plain)), b"".join(sealed)))
     (envelope, good), (_, former) = texts
@@ -414,8 +418,8 @@ def tamper_sealed(count: int, seed: int | list[int]) -> Counter[str]:
             bad, kind = good + b"\0", "extended"
         try:
             opened = Opened.of(Bytes(bad), envelope, "demo", keys)
-            for start in random.permutation(3) << 20:
-                opened.read(int(start), min(CHUNK_BYTES, len(plain) - int(start)))
+            for start in random.sample(cuts, 3):
+                opened.read(start, min(CHUNK_BYTES, len(plain) - start))
         except DecryptionError:
             found[kind] += 1
         else:
@@ -426,8 +430,8 @@ def tamper_sealed(count: int, seed: int | list[int]) -> Counter[str]:
 def _tampered_chunks(random: Random, good: bytes, former: bytes, chunk: int) -> tuple[bytes, str]:
     """Whole chunks exchanged, repeated or from another release, and what `_tampered` does to bytes."""
     pieces, others = ([text[at : at + chunk] for at in range(0, len(text), chunk)] for text in (good, former))
-    first, second = random.choice(3, 2, replace=False)
-    match random.integers(4):
+    first, second = random.sample(range(3), 2)
+    match random.randrange(4):
         case 0:
             pieces[first], pieces[second] = pieces[second], pieces[first]
             return b"".join(pieces), "chunks exchanged"
@@ -443,7 +447,7 @@ def _tampered_chunks(random: Random, good: bytes, former: bytes, chunk: int) -> 
 
 def tamper(count: int, seed: int | list[int]) -> Counter[str]:
     """Change a signed package in so many ways; every one must be found by `verify` with the key that signed."""
-    random, found = np.random.default_rng(seed), Counter[str]()
+    random, found = Random(str(seed)), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(folder / "m", {"a": np.arange(50, dtype=np.float32), "b": np.arange(9)})
@@ -475,10 +479,10 @@ def tamper(count: int, seed: int | list[int]) -> Counter[str]:
 
 
 def _tampered(random: Random, good: bytes, former: bytes) -> tuple[bytes, str]:
-    at, length = int(random.integers(len(good))), int(random.integers(1, 1 + len(good) // 3))
-    match random.integers(5):
+    at, length = random.randrange(len(good)), random.randrange(1, 1 + len(good) // 3)
+    match random.randrange(5):
         case 0 | 1:
-            return good[:at] + bytes([good[at] ^ 1 << int(random.integers(8))]) + good[at + 1 :], "changed"
+            return good[:at] + bytes([good[at] ^ 1 << random.randrange(8)]) + good[at + 1 :], "changed"
         case 2:
             return good[:at], "truncated"
         case 3:
