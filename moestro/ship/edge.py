@@ -182,6 +182,8 @@ class Edge:
 
         raises   RefusalError where there is none, an error of PackageError where it is damaged
         """
+        if not self.root.is_dir():
+            raise RefusalError(f"{self.package_id} is not installed in {self.root.parent}", 404)
         with self.locked():
             state = self.state
             if state.previous is None or state.active is None:
