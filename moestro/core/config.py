@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -76,7 +76,7 @@ def build(spec_type: type[Spec], table: Mapping[str, Any], where: str = "") -> S
     raises  ConfigError naming every wrong key
     """
     try:
-        built: Spec = _adapter(spec_type).validate_python(table)
+        built: Spec = _adapter(cast(Any, spec_type)).validate_python(table)
         return built
     except ValidationError as error:
         problems = "; ".join(_sentence(spec_type, problem) for problem in error.errors())
