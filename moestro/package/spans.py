@@ -13,8 +13,6 @@ from typing import Protocol
 import numpy as np
 
 FETCH_BYTES = 1 << 20
-MADV_POPULATE_READ = 22
-"""Linux 5.14; Python has no name for it yet."""
 Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
@@ -55,7 +53,7 @@ class Bytes:
 
 
 class Mapped(Bytes):
-    """A span over a mapped file; large ranges come in by two calls instead of a page fault for every few pages."""
+    """A span over a mapped file; a large range is asked of the disk at once instead of by page faults."""
 
     def __init__(self, mapped: mmap.mmap, start: int, length: int) -> None:
         super().__init__(memoryview(mapped)[start : start + length])
@@ -64,9 +62,8 @@ class Mapped(Bytes):
     def read(self, start: int, count: int) -> memoryview:
         if count >= FETCH_BYTES:
             first = (self.start + start) // mmap.PAGESIZE * mmap.PAGESIZE
-            with contextlib.suppress(OSError):  # an older kernel, or a file that became shorter: pages come as usual
+            with contextlib.suppress(OSError):  # advice only: without it pages come as usual
                 self.mapped.madvise(mmap.MADV_WILLNEED, first, self.start + start + count - first)
-                self.mapped.madvise(MADV_POPULATE_READ, first, self.start + start + count - first)
         return super().read(start, count)
 
 
