@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moestro.core.errors import ConfigError, PackageError, SignatureError
+from moestro.core.errors import ConfigError, FormatError, PackageError, SignatureError
 from moestro.package.api import (
     SIGNATURE,
     Options,
@@ -109,6 +109,17 @@ def test_a_signature_of_another_package_does_not_serve(package: Path, model: Pat
     (tmp_path / "q" / SIGNATURE).write_bytes((package / SIGNATURE).read_bytes())
     with pytest.raises(SignatureError, match="another manifest"):
         verify(tmp_path / "q", Trust.load([public]))
+
+
+def test_unused_bits_of_a_signature_must_be_zero(package: Path, tmp_path: Path) -> None:
+    key, public = keyed(tmp_path, "a")
+    sign_package(package, key)
+    path = package / SIGNATURE
+    text = path.read_bytes()
+    end = text.index(b'=="}')  # the last character of 64 bytes in base64 has four bits to spare
+    path.write_bytes(text[: end - 1] + bytes([text[end - 1] + 1]) + text[end:])
+    with pytest.raises(FormatError, match="unused bits"):
+        verify(package, Trust.load([public]))
 
 
 def test_a_key_whose_bytes_do_not_fit_its_kind_is_refused(package: Path, tmp_path: Path) -> None:
