@@ -2,7 +2,7 @@
 # make demo-distributed   the same model for 40 steps on 4 local ranks and on one: the same curve
 # make test    set up, then run the tests            make check   format, lint and types
 # make bench   speed and memory tables               make bench-routing   compare routing rules (hours)
-# make bench-package   speed and size of packages and updates, and a million hostile mutants (an hour; 12 GB of disk)
+# make bench-package   speed and size of packages and updates, five million hostile mutants (hours; 12 GB of disk)
 # make gpu-code   compile the GPU kernels for sm_90 and sm_80, without a GPU (half a minute)
 # make bench-gpu   the sparse layer on a GPU beside other ways (8 minutes)   make h200-curves   gap against top-2, equal time
 # make bench-plan   the planner against published training runs (minutes)
@@ -44,7 +44,7 @@ bench-package: env
 	$(BIN)/python benchmarks/package.py --gb 0.5 --access-gb 10 --pairs runs/pairs-small
 	$(BIN)/python benchmarks/ship.py runs/bench-ship
 	$(BIN)/python benchmarks/ship_kills.py runs/bench-ship-kills
-	$(BIN)/python tests/package/fuzzing.py --mutants 1000000
+	$(BIN)/python benchmarks/fuzz.py --mutants 5000000 --tries 100000
 
 gpu-code: env
 	$(BIN)/python scripts/gpu_code.py --chip 90 --chip 80

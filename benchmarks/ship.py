@@ -229,15 +229,15 @@ def corruption(folder: Path) -> dict[str, Any]:
 
     work = folder / "corruption"
     shutil.rmtree(work, ignore_errors=True)
-    package = large(work, 512)
+    package = large(work, 800)
     with served(work, plain=True) as (server, _):
         push(server, package)
         with corrupting(server.url, share=0.01) as (url, sent):
             done = pull(Server(url=url, token=server.token), "demo", work / "out", Guard(trust=None))
     needed = done.traffic.fetched_bytes
-    row = {"bad_chunks": done.traffic.bad_chunks, "bytes": needed, "extra_percent": 100 * (sent[0] / needed - 1)}
-    extra = row["extra_percent"]
-    print(f"1 % corrupted: {row['bad_chunks']} bad chunks of {needed // MIB}, {extra:.2f} % extra traffic")
+    bad, extra = done.traffic.bad_chunks, 100 * (sent[0] / needed - 1)
+    row = {"bad_chunks": bad, "bytes": needed, "bad_percent": 100 * bad * MIB / needed, "extra_percent": extra}
+    print(f"1 % corrupted: {bad} bad chunks of {needed // MIB}, {extra:.3f} % extra traffic, heads of answers included")
     shutil.rmtree(work)
     return row
 

@@ -30,27 +30,23 @@ sys.path.remove(str(Path(__file__).resolve().parent))  # its names are those of 
 
 import numpy as np
 from package.samples import contents, save_model
-from ship.conftest import Running
 
 from moestro.package.api import Options, Release, pack
 from moestro.package.residual import diff
+from moestro.ship import transport
 from moestro.ship.edge import Edge
 from moestro.ship.install import update
 from moestro.ship.pull import Guard
 from moestro.ship.push import push
+from moestro.ship.serve import PackageServer
+from moestro.ship.settings import ServerSettings
 
 MIB = 1 << 20
 ANYBODY = Guard(trust=None)
+PATIENCE = 8
+"""After so many kills of one trial the next may wait twice as long, so that a busy machine gets to an end."""
 SERVER_DIES = 0.1
-"""Share of kills that hit the server too; its restart takes seconds."""
-
-
-def sent_bytes(running: Running) -> float:
-    """File content that the server has sent since it started."""
-    with urllib.request.urlopen(f"{running.url}/metrics") as answer:
-        text = answer.read().decode()
-    found = re.search(r"^moestro_ship_sent_bytes_total (\S+)", text, re.MULTILINE)
-    return float(found[1]) if found else 0.0
+"""Share of kills that hit the server too."""
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -65,6 +61,49 @@ def forked(work: Callable[[], object]) -> int:
         finally:
             os._exit(status)
     return child
+
+
+class Server:
+    """A server in a copy of this process, so that one that was killed is back in a moment, on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.child, self.port = folder, 0, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.token = (folder / "admin.token").read_text().strip()
+
+    def start(self) -> None:
+        """Wait until it listens."""
+        reading, writing = os.pipe()
+
+        def work() -> None:
+            settings = ServerSettings(plain=True, port=self.port)
+            with PackageServer(self.folder, settings, log_level="critical") as server:
+                os.write(writing, server.address.url.encode())
+                server.run()
+
+        self.child = forked(work)
+        os.close(writing)
+        self.port = int(os.read(reading, 100).rpartition(b":")[2])
+        os.close(reading)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it."""
+        os.kill(self.child, number)
+        os.waitpid(self.child, 0)
+
+    def server(self) -> transport.Server:
+        """For clients."""
+        return transport.Server(url=self.url, token=self.token)
+
+
+def content_bytes(running: Server, way: str) -> float:
+    """File content that the server has `sent` or `received` since it started."""
+    with urllib.request.urlopen(f"{running.url}/metrics") as answer:
+        text = answer.read().decode()
+    found = re.search(rf"^moestro_ship_{way}_bytes_total (\S+)", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 class Trial:
@@ -89,11 +128,9 @@ class Trial:
         self.origin = folder / "origin"
         self.numbers: dict[str, dict[str, Any]] = {}
 
-    def running(self, name: str, packages: list[Path]) -> Running:
+    def running(self, name: str, packages: list[Path]) -> Server:
         """A server with some packages."""
-        running = Running(self.folder / name / "store", {"plain": True}, as_process=True)
-        running.folder.mkdir(parents=True, exist_ok=True)
-        running.start()
+        running = Server(self.folder / name / "store")
         for package in packages:
             push(running.server(), package)
         return running
@@ -114,10 +151,10 @@ class Trial:
             shutil.copytree(self.origin, home, symlinks=True)
             edge, sent, own = Edge(home, "demo"), 0.0, 0
             while True:
-                before = sent_bytes(running)
+                before = content_bytes(running, "sent")
                 work = partial(update, running.server(), edge, ANYBODY)
-                status, lost = self._killed(running, work, length_s)
-                sent += 0 if lost else sent_bytes(running) - before
+                status, lost = self._killed(running, work, length_s * (1 + own / PATIENCE))
+                sent += 0 if lost else content_bytes(running, "sent") - before
                 own += status != 0
                 switched += self._look(edge) and status != 0
                 if status == 0:
@@ -129,16 +166,16 @@ class Trial:
         shutil.rmtree(self.folder / "home")
         self._note(kind, done, refetched, worst, killed_after_the_switch=switched)
 
-    def _undisturbed(self, running: Running) -> tuple[float, float]:
+    def _undisturbed(self, running: Server) -> tuple[float, float]:
         home = self.folder / "home"
         shutil.copytree(self.origin, home, symlinks=True)
-        before, begin = sent_bytes(running), time.monotonic()
+        before, begin = content_bytes(running, "sent"), time.monotonic()
         update(running.server(), Edge(home, "demo"), ANYBODY)
         length_s = time.monotonic() - begin
         shutil.rmtree(home)
-        return sent_bytes(running) - before, length_s
+        return content_bytes(running, "sent") - before, length_s
 
-    def _killed(self, running: Running, work: Callable[[], object], length_s: float) -> tuple[int, bool]:
+    def _killed(self, running: Server, work: Callable[[], object], length_s: float) -> tuple[int, bool]:
         """Do something in a process and kill it, or the server, somewhere; (status, the server was killed)."""
         child, server_dies = forked(work), self.dice.random() < SERVER_DIES
         deadline = time.monotonic() + self.dice.uniform(0, 1.3 * length_s)
@@ -175,7 +212,7 @@ class Trial:
             running = self.running(name, [])
             own, begin = 0, time.monotonic()
             while True:
-                length = length_s or 1e9
+                length = length_s * (1 + own / PATIENCE) or 1e9
                 status, _ = self._killed(running, partial(push, running.server(), self.fulls[0]), length)
                 length_s = length_s or time.monotonic() - begin
                 if status == 0:
@@ -183,7 +220,7 @@ class Trial:
                 own += 1
                 listed = json.loads(self._get(running, "/v1/packages"))["packages"]
                 assert listed == [] or len(listed[0]["releases"]) == 1
-            received = self._received(running)
+            received = content_bytes(running, "received")
             home = Edge(self.folder / "home", "demo")
             update(running.server(), home, ANYBODY)
             assert self._look(home) == 0
@@ -194,14 +231,10 @@ class Trial:
             shutil.rmtree(self.folder / name)
         self._note("publish", done, resent, worst)
 
-    def _get(self, running: Running, path: str) -> str:
+    def _get(self, running: Server, path: str) -> str:
         request = urllib.request.Request(running.url + path, headers={"Authorization": f"Bearer {running.token}"})
         with urllib.request.urlopen(request) as answer:
             return str(answer.read().decode())
-
-    def _received(self, running: Running) -> int:
-        found = re.search(r"received_bytes_total (\S+)", self._get(running, "/metrics"))
-        return int(float(found[1])) if found else 0
 
     def _note(self, kind: str, kills: int, again: float, worst: float, **more: int) -> None:
         mean = again / max(kills, 1) / MIB

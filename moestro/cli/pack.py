@@ -75,6 +75,6 @@ def _pair(word: str) -> tuple[str, str]:
 
 
 def _whole(key: str, text: str) -> int:
-    if not text.isdigit():
-        raise ConfigError(f"--set {key}={text}: it must be a whole number")
+    if not text.isascii() or not text.isdecimal() or len(text) > 16:
+        raise ConfigError(f"--set {key}={text[:40]}: it must be a whole number below 2^53")
     return int(text)

@@ -16,7 +16,11 @@ def sign(
     from moestro.package.pack import sign_package
 
     ids = sign_package(package, key)
-    say({"signatures": ids}, [f"signed; the package carries signatures of {len(ids)} keys"], as_json)
+    say(
+        {"signatures": ids},
+        [f"signed; the package carries the signatures of {', '.join(name[:16] for name in ids)}"],
+        as_json,
+    )
 
 
 def keygen(

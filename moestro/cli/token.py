@@ -21,7 +21,7 @@ def new(
     store: Path = STORE,
     name: str = typer.Argument(help="Whose it is, for the audit log."),
     scope: list[str] = typer.Option(help="ACTION:PACKAGE with read, publish or admin, e.g. read:demo-*. Repeatable."),
-    days: float = typer.Option(90, min=0.0001, help="Days until it expires."),
+    days: float = typer.Option(90, min=0.0001, max=36500, help="Days until it expires."),
     database: str = DATABASE,
 ) -> None:
     """Make a token and print it; it cannot be shown again."""

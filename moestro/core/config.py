@@ -8,13 +8,14 @@ comes back as one ConfigError that names the key, its value, what is allowed and
 
 import dataclasses
 import difflib
+import functools
 import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -75,10 +76,17 @@ def build(spec_type: type[Spec], table: Mapping[str, Any], where: str = "") -> S
     raises  ConfigError naming every wrong key
     """
     try:
-        return TypeAdapter(spec_type).validate_python(table)
+        built: Spec = _adapter(cast(Any, spec_type)).validate_python(table)
+        return built
     except ValidationError as error:
         problems = "; ".join(_sentence(spec_type, problem) for problem in error.errors())
         raise ConfigError(f"{where}: {problems}" if where else problems) from error
+
+
+@functools.cache
+def _adapter(spec_type: Any) -> TypeAdapter[Any]:
+    """Making one takes longer than using it."""
+    return TypeAdapter(spec_type)
 
 
 STRICT = ConfigDict(extra="forbid")

@@ -17,7 +17,7 @@ from typing import Any
 from moestro.core.errors import ConfigError
 from moestro.core.files import folder_aside
 from moestro.package import canonical
-from moestro.package.describe import dumps
+from moestro.package.describe import check_management, check_technical, dumps
 from moestro.package.descriptor import Shard, weights_root
 from moestro.package.encrypt import Sealer
 from moestro.package.fields import DATE
@@ -123,8 +123,11 @@ class _Builder:
         for path, file in zip(paths, written, strict=True):
             self._add_large(path, file)
         technical = content.technical | {"files": [{"path": p, "shard": i} for i, p in enumerate(paths, 1)]}
-        self.add_bytes(f"Meta-info/{model_id}/managementinfo.json", dumps(content.management))
-        self.add_bytes(f"Meta-info/{model_id}/technicalinfo.json", dumps(technical))
+        described = dumps(content.management), dumps(technical)
+        check_management(described[0], model_id)  # what we write, we read
+        check_technical(described[1], model_id)
+        self.add_bytes(f"Meta-info/{model_id}/managementinfo.json", described[0])
+        self.add_bytes(f"Meta-info/{model_id}/technicalinfo.json", described[1])
         root = None if seal is not None else _model_root(shards[0].hash, written)
         return ModelEntry(model_id, root, tuple(paths), content.update)
 
@@ -172,7 +175,7 @@ class _Builder:
             files=sorted_files(self.files),
         )
         data = manifest.dumps()
-        Manifest.parse(data)  # what we write, we read
+        Manifest.parse(data)
         (self.root / MANIFEST).write_bytes(data)
         signature = None if envelope is None else envelope(data)
         if signature is not None:

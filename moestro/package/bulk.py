@@ -1,6 +1,6 @@
 """Reading and writing large files once, front to back, without filling the page cache with them.
 
-    buffer = aligned(bytes)      read_at(handle, buffer, offset, direct)      write_next(handle, buffer, path)
+    with past_cache(handle, wanted): read_at(handle, aligned(bytes), offset)      write_next(handle, buffer, path)
 
 Taking fresh pages for a file that nobody reads again soon costs more than hashing it (on a virtual machine whose memory
 is lent out four times as much), so whole blocks go between buffer and disk directly (O_DIRECT) where the file system
@@ -32,7 +32,7 @@ def aligned(size: int) -> memoryview:
 
 
 @contextmanager
-def _direct(handle: int, wanted: bool) -> Iterator[bool]:
+def past_cache(handle: int, wanted: bool) -> Iterator[bool]:
     """True where calls inside go past the cache."""
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
     try:
@@ -61,12 +61,9 @@ def is_cached(handle: int) -> bool:
     return bool(refused) or bool((pages & 1).mean() > 0.5)
 
 
-def read_at(handle: int, buffer: memoryview, offset: int, direct: bool) -> int:
+def read_at(handle: int, buffer: memoryview, offset: int) -> int:
     """Fill the buffer, or up to the end of the file; returns how many bytes that were."""
     done = 0
-    if direct and len(buffer) % BLOCK == 0 and offset % BLOCK == 0:
-        with _direct(handle, wanted=True) as possible:
-            done = _read(handle, buffer, offset) if possible else 0
     while done < len(buffer) and (count := _read(handle, buffer[done:], offset + done)):
         done += count
     return done
@@ -76,16 +73,18 @@ def _read(handle: int, buffer: memoryview, offset: int) -> int:
     try:
         return os.preadv(handle, [buffer], offset)
     except OSError as error:
-        if error.errno == errno.EINVAL:  # direct calls that this file system does not take after all
-            return 0
-        raise
+        flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+        if error.errno != errno.EINVAL or not flags & O_DIRECT:
+            raise
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~O_DIRECT)  # not whole blocks, or no file system for this
+        return os.preadv(handle, [buffer], offset)
 
 
 def write_next(handle: int, data: memoryview, path: Path, direct: bool) -> None:
     """Append at the file's position; whole blocks of an aligned buffer go past the cache where `direct`."""
     whole = len(data) // BLOCK * BLOCK if direct and os.lseek(handle, 0, os.SEEK_CUR) % BLOCK == 0 else 0
     if whole:
-        with _direct(handle, wanted=True) as possible:
+        with past_cache(handle, wanted=True) as possible:
             whole = _write_whole(handle, data[:whole], path) if possible else 0
     write_all(handle, data[whole:], path)
 

@@ -28,10 +28,7 @@ def loads(data: bytes, limit_bytes: int, where: str) -> Any:
     raises        FormatError where the spelling is not the canonical one, LimitExceeded for too long or too deep
     """
     value = _parse(data, limit_bytes, where, allow_float=False)
-    try:
-        again = dumps(value)
-    except (UnicodeEncodeError, ValueError) as error:
-        raise FormatError("the JSON holds a lone surrogate", where=where) from error
+    again = _spelled(value, where)
     if again != data:
         place = next(
             (i for i, (a, b) in enumerate(zip(again, data, strict=False)) if a != b), min(len(again), len(data))
@@ -74,7 +71,17 @@ def _parse(data: bytes, limit_bytes: int, where: str, allow_float: bool) -> Any:
     except _DuplicateKeyError as error:
         raise FormatError(f"the key {error.args[0]!r} occurs twice in one object", where=where) from error
     _check_depth(value, where, ascii_keys=not allow_float)
+    if allow_float and b"\\u" in data:
+        _spelled(value, where)
     return value
+
+
+def _spelled(value: Any, where: str) -> bytes:
+    """Canonical bytes; escapes can spell halves of characters, which nobody could write again."""
+    try:
+        return dumps(value)
+    except (UnicodeEncodeError, ValueError) as error:
+        raise FormatError("the JSON holds a lone surrogate", where=where) from error
 
 
 class _DuplicateKeyError(Exception):

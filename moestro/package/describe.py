@@ -14,7 +14,7 @@ from typing import Any
 from moestro.core.errors import FormatError
 from moestro.package import canonical
 from moestro.package.fields import DATE
-from moestro.package.limits import MAX_DESCRIPTION_BYTES
+from moestro.package.limits import MAX_DESCRIPTION_BYTES, MAX_JSON_INT
 from moestro.package.paths import check_model_id, check_path
 
 Table = dict[str, Any]
@@ -83,8 +83,9 @@ def short_count(number: int) -> str:
 def technical_info(config: Mapping[str, Any], compact: int, files: list[str]) -> Table:
     """technicalinfo.json from a configuration of `transformers` or of our own."""
     ours = "attention" in config and "num_layers" in config
-    flat = {**config, **config.get("moe", {}), **config.get("attention", {})} if ours else _flat(config)
-    class_name = str((config.get("architectures") or [""])[0])
+    flat = {**config, **_inner(config, "moe"), **_inner(config, "attention")} if ours else _flat(config)
+    named = config.get("architectures")
+    class_name = str(named[0]) if isinstance(named, list) and named else ""
     task, kind = next((value for end, value in TASKS.items() if class_name.endswith(end)), ("other", OTHER))
     if ours:
         task, kind = "text-generation", DECODER
@@ -96,20 +97,33 @@ def technical_info(config: Mapping[str, Any], compact: int, files: list[str]) ->
         "compact": compact,
         "task": {"type": task},
         "input": [{"modality": "text", "name": "input_ids", "dtype": "int64", "shape": [-1, -1], "layout": "BS"}],
-        "PTM_info": _ptm_info(flat, "moestro" if ours else str(config.get("model_type", "other")), kind),
+        "PTM_info": _ptm_info(flat, "moestro" if ours else _word(config.get("model_type")), kind),
         "files": [{"path": path, "shard": index} for index, path in enumerate(files, 1)],
     }
 
 
 def _flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Multi-modal configurations keep the language model's numbers one level down."""
-    return {**config.get("text_config", {}), **config} if isinstance(config.get("text_config"), dict) else config
+    return {**_inner(config, "text_config"), **config}
+
+
+def _inner(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _word(value: object) -> str:
+    """A printable name as configurations give it."""
+    return value if isinstance(value, str) and value.isprintable() and 1 <= len(value) <= 100 else "other"
 
 
 def _ptm_info(config: Mapping[str, Any], architecture: str, kind: int) -> Table:
     info: Table = {"architecture": architecture, "architecture_type": kind}
     for key, names in PTM_KEYS.items():
-        found = next((config[name] for name in names if type(config.get(name)) is int and config[name] >= 0), None)
+        found = next(
+            (config[name] for name in names if type(config.get(name)) is int and 0 <= config[name] <= MAX_JSON_INT),
+            None,
+        )
         if found is not None or key in REQUIRED_PTM:
             info[key] = found or 0
     techniques = ["MoE"] if info.get("num_experts") else []
@@ -147,6 +161,8 @@ def check_technical(data: bytes, model_id: str) -> Table:
     for key, kind in (("task", dict), ("input", list), ("files", list)):
         if not isinstance(table.get(key), kind):
             raise FormatError(f"{where} must have {key} as a JSON {'object' if kind is dict else 'list'}")
+    if not isinstance(table.get("PTM_info", {}), dict):
+        raise FormatError(f"{where} must have PTM_info as a JSON object")
     for entry in table["files"]:
         check_path(entry.get("path") if isinstance(entry, dict) else entry)
     if "converter_confg" in table:  # the draft's spelling

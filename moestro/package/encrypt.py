@@ -183,7 +183,6 @@ class Sealer:
         self.recipients = wrapped_for(recipients, self.dek, model_id)
         self.associated = associated_data(suite, self.salt, model_id)
         self.cipher = _cipher(suite, derive(self.dek, self.salt, b"PTMF/1 payload", SUITES[suite]))
-        self._out = memoryview(bytearray(CHUNK_BYTES + TAG_BYTES))
 
     def envelope(self, plain_length: int) -> dict[str, Any]:
         """The descriptor's `encryption`."""
@@ -195,11 +194,12 @@ class Sealer:
         """A sink for the plaintext after the first `head_bytes`."""
         return EncryptingStream(self, place, head_bytes)
 
-    def seal(self, index: int, chunk: Buffer, last: bool) -> memoryview:
-        """One chunk and its tag; valid until the next call."""
-        sealed = self._out[: len(chunk) + TAG_BYTES]
-        self.cipher.encrypt_into(nonce_of(index, last), chunk, self.associated, sealed)
-        return sealed
+    def seal(self, index: int, chunk: Buffer, last: bool, out: memoryview | None = None) -> memoryview:
+        """One chunk and its tag, in `out` where that is given."""
+        if out is None:
+            out = memoryview(bytearray(len(chunk) + TAG_BYTES))
+        self.cipher.encrypt_into(nonce_of(index, last), chunk, self.associated, out)
+        return out
 
 
 class EncryptingStream:
@@ -267,11 +267,15 @@ class EncryptingStream:
         return stored_bytes(len(head) + self.length), leaf_hashes(place.hash, front, CHUNK_BYTES) + leaves
 
     def _seal(self, chunk: Buffer, last: bool) -> None:
-        sealed = self.sealer.seal(self._next, chunk, last)
+        room, size = self._edge_room - len(self._edge), len(chunk) + TAG_BYTES
+        if room:
+            sealed = self.sealer.seal(self._next, chunk, last)
+            self._edge += sealed[:room]
+            self._sink.write(sealed[room:])
+        else:
+            self.sealer.seal(self._next, chunk, last, self._sink.room(size))
+            self._sink.took(size)
         self._next += 1
-        room = self._edge_room - len(self._edge)
-        self._edge += sealed[:room]
-        self._sink.write(sealed[room:])
 
 
 class Opened:

@@ -7,6 +7,7 @@ tree = H(""). SHA-256 runs three pieces at once in `kernels.cpp`, 2.5 times as f
 CPU has instructions for it; else, and for the other hashes, each piece goes through its library.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,7 @@ def check_hash(name: object) -> str:
     return name
 
 
+@functools.cache
 def _maker(name: str) -> Callable[[], Any]:
     match name:
         case "sha256":

@@ -72,7 +72,7 @@ def codecs() -> ctypes.CDLL | None:
         "exponents": "pnwwwp",
         "count_pairs": "ppnp",
         "rans_encode": "pppnnpppp",
-        "rans_decode": "ppnppnnpppp",
+        "rans_decode": "ppnppnnppp",
         "lowrank_predict": "pppnnnnnwpp",
         "dequantize": "pppnnnwp",
     }

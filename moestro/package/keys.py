@@ -19,7 +19,7 @@ SIGNING_KINDS = ("ed25519", "p256", "mldsa65")
 RECEIVING_KINDS = ("x25519", "mlkem768-x25519")
 HYBRID = "MLKEM768_X25519"
 KEY_FILE_BYTES = 1 << 16
-BLOCK = re.compile(rb"-----BEGIN [A-Z ]+-----.+?-----END [A-Z ]+-----\n?", re.DOTALL)
+BLOCK = re.compile(rb"-----BEGIN [A-Z ]{1,40}-----[^-]+-----END [A-Z ]{1,40}-----\n?")
 
 
 def _suite(kem: str) -> Any:
@@ -132,12 +132,12 @@ def _blocks(path: Path) -> list[bytes]:
     except OSError as error:
         raise ConfigError(f"key file {path} cannot be read: {error.strerror}") from error
     if not found:
-        raise ConfigError(f"{path} holds no PEM key; make one with moestro keygen")
+        raise ConfigError(f"{path} holds no PEM key; make one with moestro keygen NAME")
     return found
 
 
 def _load(path: Path, private: bool) -> list[Any]:
-    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization as s
 
     try:
@@ -145,7 +145,7 @@ def _load(path: Path, private: bool) -> list[Any]:
         if private:
             return [s.load_pem_private_key(block, password=None) for block in blocks]
         return [s.load_pem_public_key(block) for block in blocks]
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError) as error:
         kind = "private" if private else "public"
         raise ConfigError(f"{path} is not a usable {kind} key in PEM form: {str(error)[:80]}") from error
 
@@ -154,7 +154,7 @@ def load_signing(path: Path) -> Any:
     """A private key that signs."""
     key = _load(path, private=True)[0]
     if not hasattr(key, "sign"):
-        raise ConfigError(f"{path} is no signing key; make one with moestro keygen {SIGNING_KINDS[0]}")
+        raise ConfigError(f"{path} is no signing key; make one with moestro keygen NAME --kind {SIGNING_KINDS[0]}")
     return key
 
 
@@ -188,7 +188,9 @@ def _received(path: Path, parts: list[Any]) -> tuple[str, Any, list[Any]]:
         hpke = _hpke()
         joined = hpke.MLKEM768X25519PrivateKey if "Private" in names[0] else hpke.MLKEM768X25519PublicKey
         return HYBRID, joined(*parts), parts
-    raise ConfigError(f"{path} holds {' and '.join(names)}; encryption needs X25519, made by moestro keygen x25519")
+    raise ConfigError(
+        f"{path} holds {' and '.join(names)}; encryption needs X25519, made by moestro keygen NAME --kind x25519"
+    )
 
 
 def _hpke() -> Any:

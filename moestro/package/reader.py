@@ -33,7 +33,7 @@ from moestro.package.layout import (
 )
 from moestro.package.limits import ALIGNMENT, MAX_DESCRIPTOR_BYTES, PIECE_BYTES
 from moestro.package.paths import open_below, open_folder
-from moestro.package.spans import Bytes, Part, Span
+from moestro.package.spans import Mapped, Part, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,8 @@ class ModelFile:
             raise IntegrityError(self.name, f"the descriptor of model {index} does not have its digest")
         self._check_zero(text_end + DIGEST_BYTES, start)
         descriptor = Descriptor.parse(text, header.flags, header.data_bytes, f"descriptor {index} of {self.name}")
-        stored = Bytes(self.view[start : start + header.data_bytes])
+        assert self._map is not None
+        stored = Mapped(self._map, start, header.data_bytes)
         if not header.flags & ENCRYPTED:
             return StoredModel(descriptor, header, start, stored, is_open=True)
         envelope = check_envelope(descriptor.encryption, header.data_bytes)

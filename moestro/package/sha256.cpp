@@ -113,17 +113,18 @@ void hash_prefixed(uint8_t prefix, const uint8_t* const* data, int64_t length, u
   for (int l = 0; l < N; l++) put(out + 32 * l, state[l]);
 }
 
-// Messages of equal length at a fixed distance from each other, three at a time.
+// Messages of equal length at a fixed distance from each other, three at a time; the last four as two and two.
 void hash_many(uint8_t prefix, const uint8_t* data, int64_t length, int64_t stride, int64_t count, uint8_t* out) {
   int64_t i = 0;
-  for (; i + 3 <= count; i += 3) {
+  for (; i + 3 <= count && i + 4 != count; i += 3) {
     const uint8_t* three[3] = {data + i * stride, data + (i + 1) * stride, data + (i + 2) * stride};
     hash_prefixed<3>(prefix, three, length, out + 32 * i);
   }
-  if (count - i == 2) {
+  for (; i + 2 <= count; i += 2) {
     const uint8_t* two[2] = {data + i * stride, data + (i + 1) * stride};
     hash_prefixed<2>(prefix, two, length, out + 32 * i);
-  } else if (count - i == 1) {
+  }
+  if (i < count) {
     const uint8_t* one[1] = {data + i * stride};
     hash_prefixed<1>(prefix, one, length, out + 32 * i);
   }

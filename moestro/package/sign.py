@@ -86,10 +86,14 @@ def signed_payload(envelope: bytes) -> bytes:
 
 
 def _decoded(text: str) -> bytes:
+    """One spelling only: the last character has bits that decoding ignores, and nothing in a package may change."""
     try:
-        return base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise FormatError("manifest.sig holds what is not base64") from error
+    if base64.b64encode(data).decode() != text:
+        raise FormatError("manifest.sig holds base64 whose unused bits are not zero")
+    return data
 
 
 @dataclass(frozen=True, slots=True)

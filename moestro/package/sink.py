@@ -10,11 +10,13 @@ bytes, passes their leaves along.
 import os
 from pathlib import Path
 
-from moestro.package.bulk import aligned, is_cached, read_at, write_next
+from moestro.package.bulk import aligned, is_cached, past_cache, read_at, write_next
 from moestro.package.hashing import SIZE, Buffer, leaf_hashes
 
-STAGED_BYTES = 4 << 20
-"""Or one chunk, where chunks are larger."""
+STAGED_BYTES = 6 << 20
+"""Twice three chunks, which SHA-256 takes at once; or one chunk, where chunks are larger."""
+SPARE_BYTES = (1 << 20) + (4 << 10)
+"""How much `room` may ask for."""
 DIRECT_BYTES = 64 << 20
 """Files from this size on are read past the page cache, if they are not in it."""
 
@@ -28,7 +30,8 @@ class Sink:
         self.length = 0
         """Bytes written, staged ones included."""
         self.leaves = bytearray()
-        self._stage = aligned(max(STAGED_BYTES // chunk, 1) * chunk)
+        self._size = max(STAGED_BYTES // chunk, 1) * chunk
+        self._stage = aligned(self._size + SPARE_BYTES)
         self._filled = 0
         self._hashed = 0
         """Bytes of the stage whose leaves are known; whole chunks."""
@@ -43,15 +46,30 @@ class Sink:
         if leaves is not None:
             self._hash(self._filled)
         while view:
-            count = min(len(view), len(self._stage) - self._filled)
+            count = min(len(view), self._size - self._filled)
             self._stage[self._filled : self._filled + count] = view[:count]
             self._filled, view = self._filled + count, view[count:]
             if leaves is not None:
                 whole = count // self.chunk
                 self.leaves += leaves[: whole * SIZE]
                 self._hashed, leaves = self._hashed + whole * self.chunk, leaves[whole * SIZE :]
-            if self._filled == len(self._stage):
+            if self._filled == self._size:
                 self._flush()
+
+    def room(self, count: int) -> memoryview:
+        """Where the caller puts the next bytes itself, before `took`; at most SPARE_BYTES."""
+        return self._stage[self._filled : self._filled + count]
+
+    def took(self, count: int) -> None:
+        """So many bytes are in `room` now."""
+        self.length += count
+        self._filled += count
+        if self._filled >= self._size:
+            over = self._filled - self._size
+            self._filled = self._size
+            self._flush()
+            self._stage[:over] = self._stage[self._size : self._size + over]
+            self._filled = over
 
     def pad_to(self, length: int) -> None:
         """Append zero bytes up to a length."""
@@ -88,13 +106,13 @@ def file_leaves(handle: int, hash_name: str, chunk: int, start: int = 0, end: in
     size = max(STAGED_BYTES // chunk, 1) * chunk
     large = end - start >= DIRECT_BYTES
     buffer = aligned(size) if large else memoryview(bytearray(min(size, max(end - start, 0))))
-    direct = large and not is_cached(handle)
     leaves = bytearray()
-    while start < end:
-        wanted = min(len(buffer), end - start)
-        filled = read_at(handle, buffer, start, direct)
-        leaves += leaf_hashes(hash_name, buffer[: min(filled, wanted)], chunk)
-        if filled < wanted:
-            break
-        start += wanted
+    with past_cache(handle, wanted=large and not is_cached(handle)):
+        while start < end:
+            wanted = min(len(buffer), end - start)
+            filled = read_at(handle, buffer, start)
+            leaves += leaf_hashes(hash_name, buffer[: min(filled, wanted)], chunk)
+            if filled < wanted:
+                break
+            start += wanted
     return bytes(leaves)

@@ -22,7 +22,7 @@ from moestro.package import canonical
 from moestro.package.limits import MAX_SEGMENT_BYTES, MAX_SEGMENTS
 from moestro.package.paths import check_paths
 from moestro.package.safetensors import Header, HeaderTensor, read_header
-from moestro.package.spans import Bytes, Part
+from moestro.package.spans import Mapped, Part
 
 CHECKPOINT = "moestro-checkpoint-1"
 """`format` in manifest.json of our checkpoints (`train.checkpoint`)."""
@@ -48,11 +48,7 @@ class Source:
 
     def json(self, name: str) -> dict[str, object]:
         """A segment that is a JSON object; empty where it is not."""
-        try:
-            found = json.loads(self.segments.get(name, b"{}"))
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        return _object(self.segments.get(name, b"{}"))
 
 
 def gather(path: Path, leave_out: Sequence[str] = ()) -> Source:
@@ -106,21 +102,30 @@ def _refuse_pickled(folder: Path, files: Sequence[str]) -> None:
         )
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def _object(text: bytes) -> dict[str, object]:
+    """A JSON object, read leniently, as configurations hold whatever their writers liked; empty where it is none."""
     try:
-        return bool(json.loads((folder / "manifest.json").read_bytes()).get("format") == CHECKPOINT)
-    except (OSError, ValueError, AttributeError):
-        return False
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    path = folder / "manifest.json"
+    return path.is_file() and _object(_content(path, path.name)).get("format") == CHECKPOINT
 
 
 def _from_checkpoint(folder: Path, files: Sequence[str]) -> Source:
     """Without what only training needs; the checkpoint's own manifest is rewritten to say so."""
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    digests = {name: value for name, value in manifest.get("sha256", {}).items() if name not in TRAINING_ONLY}
+    listed = _object(_content(folder / "manifest.json", "manifest.json")).get("sha256")
+    if not isinstance(listed, dict):
+        raise ConversionError(f"{folder} is damaged: its manifest.json lists no digests; use another checkpoint")
+    digests = {name: value for name, value in listed.items() if name not in TRAINING_ONLY}
     damaged = [name for name, value in digests.items() if name not in files or sha256_of(folder / name) != value]
     if damaged:
         raise ConversionError(f"{folder} is damaged: {', '.join(damaged)} truncated or changed; use another checkpoint")
-    unlisted = [name for name in files if name not in manifest["sha256"] and name != "manifest.json"]
+    unlisted = [name for name in files if name not in listed and name != "manifest.json"]
     if unlisted:
         raise ConversionError(f"{folder} holds {unlisted[0]}, which its manifest does not list; take it out")
     rewritten = json.dumps({"format": CHECKPOINT, "step": None, "sha256": digests}, indent=1).encode()
@@ -176,7 +181,7 @@ def _weights(path: Path, file: str) -> tuple[Header, list[tuple[HeaderTensor, Pa
         size = os.fstat(opened.fileno()).st_size
         if not size:
             raise ConversionError(f"{file} is empty")
-        view = memoryview(mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ))
-    header = read_header(view, file)
-    whole = Bytes(view)
+        mapped = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ)
+    header = read_header(memoryview(mapped), file)
+    whole = Mapped(mapped, 0, size)
     return header, [(t, Part(whole, header.data_start + t.start, t.length)) for t in header.tensors]

@@ -1,14 +1,18 @@
 """Bytes one can read anywhere: stored, decrypted or decoded, without holding all of them.
 
-Bytes(view)     in memory or mapped          Decoded(blocks, length)     one block decoded at a time
+Bytes(view)     in memory                    Mapped(map, start, length)  in a mapped file
+Decoded(blocks, length)     one block decoded at a time
 Part(span)      a range of another span      Watched(span, progress)     tells how much was read
 """
 
+import contextlib
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
 
+FETCH_BYTES = 1 << 20
 Array = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 
@@ -46,6 +50,21 @@ class Bytes:
 
     def read(self, start: int, count: int) -> memoryview:
         return self.view[start : start + count]
+
+
+class Mapped(Bytes):
+    """A span over a mapped file; a large range is asked of the disk at once instead of by page faults."""
+
+    def __init__(self, mapped: mmap.mmap, start: int, length: int) -> None:
+        super().__init__(memoryview(mapped)[start : start + length])
+        self.mapped, self.start = mapped, start
+
+    def read(self, start: int, count: int) -> memoryview:
+        if count >= FETCH_BYTES:
+            first = (self.start + start) // mmap.PAGESIZE * mmap.PAGESIZE
+            with contextlib.suppress(OSError):  # advice only: without it pages come as usual
+                self.mapped.madvise(mmap.MADV_WILLNEED, first, self.start + start + count - first)
+        return super().read(start, count)
 
 
 Progress = Callable[[int], object]

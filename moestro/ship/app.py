@@ -163,7 +163,7 @@ class Handlers:
         return Response(envelope, media_type="application/json", headers=IMMUTABLE)
 
     async def _manifest(self, request: Request) -> tuple[bytes, bytes | None]:
-        package_id, sequence = _package(request, "read"), int(request.path_params["sequence"])
+        package_id, sequence = _package(request, "read"), _sequence(request)
 
         def found() -> tuple[bytes, bytes | None]:
             item = catalogue.release(self.store, package_id, sequence, request.query_params.get("root"))
@@ -189,7 +189,7 @@ class Handlers:
 
     async def revoke(self, request: Request) -> Response:
         """Withdraw a sequence; it is answered with 410 from then on."""
-        package_id, sequence = _package(request, "admin"), int(request.path_params["sequence"])
+        package_id, sequence = _package(request, "admin"), _sequence(request)
         work = lambda: catalogue.revoke(self.store, package_id, sequence)  # noqa: E731
         await self._note(request, "revoke", f"{package_id}/{sequence}", work)
         return Response(status_code=204)
@@ -406,6 +406,13 @@ def _package(request: Request, action: str) -> str:
 def _admin(request: Request) -> None:
     if not _who(request).is_admin:
         require(_who(request), "admin", "the whole store")
+
+
+def _sequence(request: Request) -> int:
+    number: int = request.path_params["sequence"]
+    if number > MAX_JSON_INT:
+        raise RefusalError("there is no such release; sequences are below 2^53", 404)
+    return number
 
 
 def _number(request: Request, name: str, default: int, least: int, most: int) -> int:

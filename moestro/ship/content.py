@@ -20,7 +20,8 @@ from moestro.ship.store import Blob, Store
 
 PIECE_BYTES = 256 << 10
 """Small enough that hundreds of clients take turns quickly, large enough to be cheap."""
-RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+MAX_DIGITS = 18
+RANGE = re.compile(rf"bytes=(\d{{0,{MAX_DIGITS}}})-(\d{{0,{MAX_DIGITS}}})")
 
 
 def requested_range(text: str, size: int) -> tuple[int, int] | None:
@@ -116,7 +117,7 @@ async def _start(send: Send, status: int, headers: list[tuple[bytes, bytes]]) ->
 async def read_body(request: Request, most_bytes: int, stall_s: float) -> bytes:
     """The request's body; raises RefusalError 413 as soon as it is too long, 408 where it stops coming."""
     stated = request.headers.get("content-length", "0")
-    if not stated.isdecimal() or int(stated) > most_bytes:
+    if not stated.isdecimal() or len(stated) > MAX_DIGITS or int(stated) > most_bytes:
         raise RefusalError(f"the body has {stated[:20]} bytes; at most {most_bytes} are allowed here", 413)
     body = bytearray()
     stream = request.stream()

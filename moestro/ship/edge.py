@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.config import STRICT, build
-from moestro.core.errors import ConfigError, RefusalError, RollbackError, StorageError
+from moestro.core.errors import ConfigError, PackageError, RefusalError, RollbackError, StorageError
 from moestro.core.files import ASIDE, cannot_write, flush_path, write_text
+from moestro.package import canonical
 from moestro.package.folder import Package
 from moestro.package.paths import check_model_id
 
 SCHEMA = "moestro/edge/1"
 STATE, ACTIVE, VERSIONS, LOCK = "state.json", "active", "versions", "lock"
 PLANNED, FETCHING, COMPLETE, VERIFIED, PATCHED = "planned", "fetching", "complete", "verified", "patched"
+MAX_STATE_BYTES = 1 << 20
 STAGE = ".stage" + ASIDE
 """Ending of folders where files gather; they outlive a crash."""
 
@@ -89,8 +91,9 @@ class Edge:
         if not path.exists():
             return State(package_id=self.package_id)
         try:
-            state = build(State, json.loads(path.read_text(encoding="utf-8")), str(path))
-        except (OSError, ValueError) as error:
+            table = canonical.loads_loosely(path.read_bytes(), MAX_STATE_BYTES, str(path))
+            state = build(State, table, str(path))
+        except (OSError, PackageError, ConfigError) as error:
             raise StorageError(f"{path} cannot be read ({error}); remove {self.root} and install again") from error
         if state.schema != SCHEMA or state.package_id != self.package_id:
             raise StorageError(f"{path} is of {state.package_id} in {state.schema}; this moestro knows {SCHEMA}")
@@ -179,6 +182,8 @@ class Edge:
 
         raises   RefusalError where there is none, an error of PackageError where it is damaged
         """
+        if not self.root.is_dir():
+            raise RefusalError(f"{self.package_id} is not installed in {self.root.parent}", 404)
         with self.locked():
             state = self.state
             if state.previous is None or state.active is None:

@@ -35,6 +35,8 @@ REMEMBER_S = 5.0
 """How long a checked token or a file's place is believed; revoking takes effect after at most this."""
 MAX_REMEMBERED = 10_000
 FAILURE_BURST = 20
+MAX_PATH = 1024
+"""Characters; the longest path of ours has a name of 128 and a few words."""
 CLIENT_LEFT = 499
 """Counted where a client went away in the middle of its request."""
 STATUS: dict[type[errors.Error], int] = {
@@ -157,6 +159,8 @@ class Gate:
         try:
             try:
                 scope["principal"] = await self._principal(scope)
+                if len(scope["path"]) > MAX_PATH:
+                    raise errors.RefusalError(f"the path has {len(scope['path'])} characters; at most {MAX_PATH}", 414)
                 await self.app(scope, receive, counted)
             except errors.Error as error:
                 if answered[0]:

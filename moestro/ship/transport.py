@@ -21,7 +21,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moestro.core import errors
-from moestro.core.errors import AccessError, ConfigError, RefusalError, TransferError
+from moestro.core.errors import AccessError, ConfigError, FormatError, LimitExceeded, RefusalError, TransferError
+from moestro.package import canonical
 from moestro.ship import tls
 from moestro.ship.settings import is_loopback
 
@@ -31,6 +32,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 20.0
 TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 256 << 20
 """Of an answer that is read whole."""
+MAX_PROBLEM_BYTES = 1 << 16
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -176,9 +178,9 @@ class Connection:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         _, data = self.call(method, path, headers, body)
         try:
-            return json.loads(data) if data else None
-        except ValueError as error:
-            raise TransferError(f"{self.server.url} answered {method} {path} with what is not JSON") from error
+            return canonical.loads_loosely(data, MAX_ANSWER_BYTES, "the answer") if data else None
+        except (FormatError, LimitExceeded) as error:
+            raise TransferError(f"{self.server.url} answered {method} {path} with no JSON of ours ({error})") from error
 
 
 class AgainError(RefusalError):
@@ -202,7 +204,7 @@ def wait_or_raise(error: Exception, turn: int, tries: int) -> None:
 
 def _refusal(response: http.client.HTTPResponse) -> errors.Error:
     """The server's problem as one of our errors."""
-    detail = _detail(response.read(1 << 16)) or f"{response.status} {response.reason}"
+    detail = _detail(response.read(MAX_PROBLEM_BYTES)) or f"{response.status} {response.reason}"
     status = response.status
     if status in AGAIN:
         after = response.headers.get("Retry-After", "0")
@@ -214,7 +216,7 @@ def _refusal(response: http.client.HTTPResponse) -> errors.Error:
 
 def _detail(body: bytes) -> str:
     """What the problem says, as one printable line."""
-    with contextlib.suppress(ValueError, AttributeError):
-        text = str(json.loads(body).get("detail", ""))[:500]
+    with contextlib.suppress(FormatError, LimitExceeded, AttributeError):
+        text = str(canonical.loads_loosely(body, MAX_PROBLEM_BYTES, "the problem").get("detail", ""))[:500]
         return "".join(c if c.isprintable() else " " for c in text)
     return ""

@@ -430,3 +430,9 @@ def test_segments_are_verified(tmp_path: Path) -> None:
         found = opened.stored()[0].descriptor.segments[0]
         assert (found.name, found.size, found.digest) == ("graph", 200, root_of("sha256", b"{}" * 100, 1 << 20).hex())
         assert opened.segments() == {"graph": b"{}" * 100}
+
+
+def test_half_a_character_is_refused_in_descriptions_too() -> None:
+    with pytest.raises(FormatError, match="lone surrogate"):
+        canonical.loads_loosely(rb'{"a":"\ud800"}', 100, "x")
+    assert canonical.loads_loosely(rb'{"a":"\ud83d\ude00"}', 100, "x") == {"a": "\N{GRINNING FACE}"}

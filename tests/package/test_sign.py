@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moestro.core.errors import ConfigError, PackageError, SignatureError
+from moestro.core.errors import ConfigError, FormatError, PackageError, SignatureError
 from moestro.package.api import (
     SIGNATURE,
     Options,
@@ -109,6 +109,26 @@ def test_a_signature_of_another_package_does_not_serve(package: Path, model: Pat
     (tmp_path / "q" / SIGNATURE).write_bytes((package / SIGNATURE).read_bytes())
     with pytest.raises(SignatureError, match="another manifest"):
         verify(tmp_path / "q", Trust.load([public]))
+
+
+def test_unused_bits_of_a_signature_must_be_zero(package: Path, tmp_path: Path) -> None:
+    key, public = keyed(tmp_path, "a")
+    sign_package(package, key)
+    path = package / SIGNATURE
+    text = path.read_bytes()
+    end = text.index(b'=="}')  # the last character of 64 bytes in base64 has four bits to spare
+    path.write_bytes(text[: end - 1] + bytes([text[end - 1] + 1]) + text[end:])
+    with pytest.raises(FormatError, match="unused bits"):
+        verify(package, Trust.load([public]))
+
+
+def test_a_key_whose_bytes_do_not_fit_its_kind_is_refused(package: Path, tmp_path: Path) -> None:
+    key, _ = keyed(tmp_path, "a")
+    lines = key.read_bytes().split(b"\n")
+    lines[1] = base64.b64encode(base64.b64decode(lines[1]).replace(b"\x2b\x65\x70", b"\x2b\x65\x6f"))  # now X448
+    key.write_bytes(b"\n".join(lines))
+    with pytest.raises(ConfigError, match="not a usable private key"):
+        sign_package(package, key)
 
 
 def test_key_files_are_private_and_never_overwritten(package: Path, tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from package.samples import contents
+from package.samples import save_model as save_folder
 
 from moestro.core.errors import ConversionError
 from moestro.core.specs import AttentionSpec, ModelSpec, MoESpec
 from moestro.core.tokens import ByteTokenizer
 from moestro.nn.decoder import Decoder
-from moestro.package.api import Options, Release, pack, unpack
+from moestro.package.api import Options, Release, pack, unpack, verify
+from moestro.package.sources import CHECKPOINT
 from moestro.train.checkpoint import TrainingState, load_model, save_model
 
 FAMILIES = {
@@ -90,6 +93,7 @@ def test_folders_of_many_families_come_back_bit_for_bit(name: str, tmp_path: Pat
         "n_layer": 1,
         "n_head": 2,
     }
+    sizes |= {"layer_types": ["full_attention"]}
     sizes |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
     config = getattr(transformers, FAMILIES[name])()
@@ -102,3 +106,23 @@ def test_folders_of_many_families_come_back_bit_for_bit(name: str, tmp_path: Pat
     pack(tmp_path / "m", tmp_path / "p", Options(release=Release(package_id="demo"), compact=True))
     unpack(tmp_path / "p", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b'{"architectures": 1}', b'{"attention": {}, "num_layers": 1, "moe": null}', b"[" * 100_000, b'{"d_model": 1e99}',
+     b'{"model_type": "\\ud800"}', b'{"vocab_size": 99999999999999999999}'],
+)  # fmt: skip
+def test_any_configuration_is_packed_and_can_be_read_again(tmp_path: Path, config: bytes) -> None:
+    model = save_folder(tmp_path / "m", {"a": np.arange(3)})
+    (model / "config.json").write_bytes(config)
+    pack(model, tmp_path / "p")
+    verify(tmp_path / "p")
+
+
+@pytest.mark.parametrize("table", [{}, {"sha256": None}, {"sha256": []}])
+def test_a_checkpoint_whose_manifest_lists_no_digests_is_damaged(tmp_path: Path, table: dict[str, object]) -> None:
+    model = save_folder(tmp_path / "m", {"a": np.arange(3)})
+    (model / "manifest.json").write_text(json.dumps({"format": CHECKPOINT, **table}))
+    with pytest.raises(ConversionError, match="lists no digests"):
+        pack(model, tmp_path / "p")

@@ -68,6 +68,10 @@ def test_an_update_installs_switches_and_rolls_back(serve: Serve, make: Make, tm
 
 
 def test_nothing_to_roll_back_to_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RefusalError, match="not installed"):
+        roll_back(Edge(tmp_path, "demo"))
+    assert not (tmp_path / "demo").exists()
+    (tmp_path / "demo").mkdir()
     with pytest.raises(RefusalError, match="no former version"):
         roll_back(Edge(tmp_path, "demo"))
 

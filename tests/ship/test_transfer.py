@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -148,21 +147,24 @@ def test_known_packages_that_rotted_are_not_believed(serve: Serve, tmp_path: Pat
 
 
 @contextmanager
-def corrupting(url: str, share: float, seed: int = 0) -> Iterator[tuple[str, list[int]]]:
-    """A proxy that flips a byte in so large a share of 1 MiB chunks on their way to the client; counts its bytes."""
+def corrupting(url: str, share: float) -> Iterator[tuple[str, list[int]]]:
+    """A proxy that flips a byte in exactly so large a share of the MiB on their way to the client; counts bytes."""
     host, port = url.removeprefix("http://").split(":")
     listener = socket.create_server(("127.0.0.1", 0))
-    sent, dice = [0, 0], random.Random(seed)
+    sent, lock = [0, 0], threading.Lock()
 
     def forward(source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
         try:
             while data := source.recv(1 << 16):
                 if is_answer:
-                    sent[0] += len(data)
-                    if len(data) > 5000 and dice.random() < share * len(data) / MIB:
+                    with lock:
+                        sent[0] += len(data)
+                        due = len(data) > 5000 and sent[1] + 0.5 < share * sent[0] / MIB
+                        sent[1] += due
+                    if due:
                         changed = bytearray(data)
                         changed[len(data) // 2] ^= 255
-                        data, sent[1] = bytes(changed), sent[1] + 1
+                        data = bytes(changed)
                 sink.sendall(data)
         except OSError:
             pass

@@ -126,18 +126,31 @@ struct BitReader {
   int64_t place = 0;
   uint64_t held = 0;
   int count = 0;
-  bool get(int width, uint32_t* value) {
-    while (count < width) {
-      if (place == bytes) return false;
-      held |= static_cast<uint64_t>(in[place++]) << count;
-      count += 8;
+  bool get(int width, uint32_t* value) {  // width <= 31
+    if (count < width) {
+      if (place + 8 <= bytes) {  // 7 or 8 bytes at once; what does not fit is read again
+        uint64_t next;
+        std::memcpy(&next, in + place, 8);
+        held |= next << count;
+        place += (63 - count) >> 3;
+        count |= 56;
+      } else {
+        while (count < width) {
+          if (place == bytes) return false;
+          held |= static_cast<uint64_t>(in[place++]) << count;
+          count += 8;
+        }
+      }
     }
     *value = static_cast<uint32_t>(held & ((uint64_t(1) << width) - 1));
     held >>= width;
     count -= width;
     return true;
   }
-  bool done() const { return place == bytes && count < 8 && held == 0; }
+  bool done() const {  // less than a byte is left, and it is zero
+    int64_t left = 8 * (bytes - place) + count;
+    return left == 0 || (left < 8 && in[bytes - 1] >> (8 - left) == 0);
+  }
 };
 
 template <class U, class S>
@@ -333,19 +346,19 @@ int64_t rans_encode(const uint8_t* symbols, const uint8_t* contexts, const int32
   return pushed;
 }
 
-// slot is [rows][16384]: the symbol at each slot. Returns 0, or: -1 a context without a table, -2 too few words,
-// -3 words left over, -4 a lane that does not end where encoding began.
+// slot is [rows][16384]: the symbol at each slot; pair is [rows][256]: frequency, and from bit 16 on the sum of those
+// before. Returns 0, or: -1 a context without a table, -2 too few words, -3 words left over, -4 a lane that does not end
+// where encoding began.
 int rans_decode(uint32_t* states, const uint16_t* words, int64_t num_words, const uint8_t* contexts, const int32_t* row,
-                int64_t n, int64_t lanes, const uint16_t* freq, const uint16_t* cum, const uint8_t* slot,
-                uint8_t* symbols) {
+                int64_t n, int64_t lanes, const uint32_t* pair, const uint8_t* slot, uint8_t* symbols) {
   int64_t place = 0;
   for (int64_t i = 0; i < n; i++) {
     int32_t r = row[contexts[i]];
     if (r < 0) return -1;
     uint32_t x = states[i & (lanes - 1)], low = x & 16383;
     uint8_t s = slot[r * 16384 + low];
-    int64_t at = r * 256 + s;
-    x = freq[at] * (x >> 14) + low - cum[at];
+    uint32_t both = pair[r * 256 + s];
+    x = (both & 0xffff) * (x >> 14) + low - (both >> 16);
     bool empty = x < (1u << 16);
     if (empty && place == num_words) return -2;
     uint32_t refilled = x << 16 | (empty ? words[place] : 0);

@@ -96,19 +96,30 @@ def _unpack_tables(stored: memoryview, where: str) -> tuple[list[int], np.ndarra
     if count > 256:
         raise FormatError(f"{count} contexts; at most 256 are possible", where=where)
     used: list[int] = []
-    freq = np.zeros((count, 256), np.int64)
+    sizes: list[int] = []
+    found: list[memoryview] = []
     at = 4
-    for row in range(count):
+    for _ in range(count):
         if at + 3 > len(stored):
             raise FormatError("the tables run past the end", where=where)
         context, num_symbols = struct.unpack_from("<BH", stored, at)
-        pairs = np.frombuffer(stored[at + 3 : at + 3 + 3 * num_symbols], np.uint8)
+        found.append(stored[at + 3 : at + 3 + 3 * num_symbols])
         at += 3 + 3 * num_symbols
         if at > len(stored) or not 1 <= num_symbols <= 256 or (used and context <= used[-1]):
             raise FormatError("a table is cut off or out of order", where=where)
-        symbols, numbers = pairs[::3].astype(np.int64), pairs[1::3].astype(np.int64) | pairs[2::3].astype(np.int64) << 8
-        if (np.diff(symbols) <= 0).any() or (numbers == 0).any() or numbers.sum() != rans.TOTAL:
-            raise FormatError("frequencies of a table do not add up to 2^14", where=where)
-        freq[row, symbols] = numbers
         used.append(context)
-    return used, freq, at
+        sizes.append(num_symbols)
+    return used, _frequencies(b"".join(found), sizes, where), at
+
+
+def _frequencies(tables: bytes, sizes: list[int], where: str) -> np.ndarray:
+    """int64 [rows, 256] of all tables at once, each `sizes` pairs long."""
+    pairs = np.frombuffer(tables, np.dtype([("symbol", "u1"), ("freq", "<u2")]))
+    row, number = np.repeat(np.arange(len(sizes)), sizes), pairs["freq"].astype(np.int64)
+    place = 256 * row + pairs["symbol"]
+    total = np.bincount(row, number, len(sizes))
+    if (place[1:] <= place[:-1]).any() or (number == 0).any() or (total != rans.TOTAL).any():
+        raise FormatError("frequencies of a table do not add up to 2^14", where=where)
+    freq = np.zeros((len(sizes), 256), np.int64)
+    freq.reshape(-1)[place] = number
+    return freq

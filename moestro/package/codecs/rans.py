@@ -53,10 +53,12 @@ class Tables:
 
     def slots(self) -> Array:
         """uint8 [rows, 2^14]: the symbol at each slot."""
-        symbols = np.arange(256, dtype=np.uint8)
-        return (
-            np.stack([np.repeat(symbols, row) for row in self.freq]) if len(self.freq) else np.empty((0, TOTAL), "u1")
-        )
+        symbols = np.tile(np.arange(256, dtype=np.uint8), len(self.freq))
+        return np.repeat(symbols, self.freq.reshape(-1)).reshape(len(self.freq), TOTAL)
+
+    def pairs(self) -> np.ndarray:
+        """uint32 [rows, 256]: frequency, and above it the sum of those before."""
+        return self.freq | self.cum.astype(np.uint32) << 16
 
 
 def quantised(count: np.ndarray) -> np.ndarray:
@@ -123,7 +125,7 @@ def decode(stream: memoryview, contexts: Array, tables: Tables, where: str) -> A
         raise FormatError(f"an entropy-coded stream has {len(stream)} bytes", where=where)
     states = np.frombuffer(stream[: 4 * lanes], "<u4").astype(np.uint32)
     words = np.frombuffer(stream[4 * lanes :], "<u2").astype(np.uint16)
-    symbols, slots = np.empty(len(contexts), np.uint8), tables.slots()
+    symbols, slots, pairs = np.empty(len(contexts), np.uint8), tables.slots(), tables.pairs()
     library = codecs()
     if library is None:
         status = _decode_rows(states, words, contexts, tables, symbols)
@@ -136,8 +138,7 @@ def decode(stream: memoryview, contexts: Array, tables: Tables, where: str) -> A
             tables.row_of.ctypes.data,
             len(contexts),
             lanes,
-            tables.freq.ctypes.data,
-            tables.cum.ctypes.data,
+            pairs.ctypes.data,
             slots.ctypes.data,
             symbols.ctypes.data,
         )
