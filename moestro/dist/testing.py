@@ -26,15 +26,24 @@ class RankFailed(AssertionError):
     """A rank raised, died or hung."""
 
 
-def run_on_ranks(function: Callable[..., Any], *args: Any, ranks: int, timeout_s: float = 60.0) -> list[Any]:
-    """Call function(*args) on every rank of a fresh gloo group; returns what they returned, in order of ranks."""
+def run_on_ranks(
+    function: Callable[..., Any],
+    *args: Any,
+    ranks: int,
+    timeout_s: float = 60.0,
+    enter: Callable[[int], None] = lambda rank: None,
+) -> list[Any]:
+    """Call function(*args) on every rank of a fresh gloo group; returns what they returned, in order of ranks.
+
+    enter   called with its rank by every rank before they meet: puts it into a network of its own
+    """
     torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # imports, once for all ranks
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python >= 3.12 on forking beside threads
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         processes = [
-            context.Process(target=_rank, args=(rank, ranks, Path(folder), pipes[rank][1], function, args))
+            context.Process(target=_rank, args=(rank, ranks, Path(folder), pipes[rank][1], enter, function, args))
             for rank in range(ranks)
         ]
         for process in processes:
@@ -64,11 +73,20 @@ def _results(readers: list[Connection], processes: list[Any], timeout_s: float) 
     return [results[rank] for rank in range(len(readers))]
 
 
-def _rank(rank: int, ranks: int, folder: Path, out: Connection, function: Callable[..., Any], args: Any) -> None:
+def _rank(
+    rank: int,
+    ranks: int,
+    folder: Path,
+    out: Connection,
+    enter: Callable[[int], None],
+    function: Callable[..., Any],
+    args: Any,
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     error, result = "", None
     try:
+        enter(rank)
         meet, patience = f"file://{folder}/store", timedelta(seconds=30)
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks, timeout=patience)
         result = function(*args)

@@ -1,0 +1,51 @@
+"""benchmarks/lab.py: what the benchmarks over throttled links stand on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from lab import PAYLOAD_SHARE, Host, Lab, LabError, missing
+
+NO_LAB = missing()
+pytestmark = pytest.mark.skipif(bool(NO_LAB), reason=NO_LAB)
+SEND = """
+import os, socket, time
+if os.environ["RANK"] == "0":
+    server = socket.create_server((os.environ["MASTER_ADDR"], 5000))
+    print("listening", flush=True)
+    link, _ = server.accept()
+    came, began = 0, time.perf_counter()
+    while part := len(link.recv(1 << 18)):
+        came += part
+    print(came, time.perf_counter() - began)
+else:
+    for _ in range(200):
+        try:
+            link = socket.create_connection((os.environ["MASTER_ADDR"], 5000))
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+    link.sendall(bytes(4_000_000))
+"""
+
+
+def test_uplinks_carry_what_is_sent_at_the_rate_they_are_given() -> None:
+    with Lab([Host(1, 1000, 100), Host(1, 1000, 100)]) as lab:
+        result = lab.run([sys.executable, "-S", "-c", SEND], timeout_s=20)
+    came, seconds = map(float, result.outputs[0].stdout.split()[1:])
+    assert came == 4e6
+    for carried in (result.uplinks[0].in_bytes, result.uplinks[1].out_bytes):
+        assert carried == pytest.approx(4e6, rel=0.002)
+    fluid_s = 4e6 * 8 / (100e6 * PAYLOAD_SHARE)
+    assert 0.9 * fluid_s < seconds < 2 * fluid_s
+
+
+def test_a_rank_that_fails_ends_the_others_and_says_what_it_said() -> None:
+    with (
+        Lab([Host(2)]) as lab,
+        pytest.raises(LabError, match=r"(?s)rank 1 ended with status 3.*no luck"),
+    ):
+        lab.run(["sh", "-c", "test $RANK = 0 && sleep 60; echo no luck; exit 3"], timeout_s=20)
