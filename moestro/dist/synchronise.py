@@ -7,7 +7,10 @@
              no copy runs further ahead than that (stale synchronous parallel, Ho 2013)
     hybrid   stale between copies that are themselves several ranks, inside which every step is synchronous
 
-A copy is all ranks with one place on dp_replicate. What travels between copies may be compressed (dist.compression).
+A copy is all ranks with one place on dp_replicate. What travels between copies may be compressed (dist.compression);
+what of its change a copy has not sent stays in its own weights, so that it goes on learning from what it has learned,
+and is sent later. `local` with sync_every = 1 compresses what the optimiser makes of gradients instead of gradients:
+Adam divides a number that is sent now and then by its own rarity, and so undoes error feedback.
 """
 
 from collections import deque
@@ -83,10 +86,16 @@ class Periodic:
             gradient = self.compressors[method].sum(change, shapes) / self.axis.size
             velocity.mul_(self.momentum).add_(gradient)
             anchor.sub_(self.rate * (gradient + self.momentum * velocity))
-            _fill(members, anchor)
+            _fill(members, anchor - self.compressors[method].take_unsent())
 
+    @torch.no_grad()
     def meet(self) -> None:
-        """They met at the last outer step."""
+        """They met at the last outer step, up to what was not sent."""
+        if self.spec.compression == "none":
+            return
+        for method, members in self.groups.items():
+            self.anchors[method] = self.axis.sum(_flat(members)) / self.axis.size
+            _fill(members, self.anchors[method])
 
 
 class BoundedStaleness:

@@ -58,12 +58,19 @@ def test_bytes_are_counted_as_sent() -> None:
     assert sent["none"] == ring_bytes(4 * NUMBERS, 4) == 1.5 * 4 * NUMBERS
     assert sent["bf16"] == 1.5 * 2 * padded
     assert sent["int8"] == 1.5 * (padded + 4 * padded / BLOCK)
-    assert sent["topk"] == 3 * round(0.05 * NUMBERS) * (4 + 2)
+    assert sent["topk"] == 3 * sum(round(0.05 * shape.numel()) for shape in SHAPES) * (4 + 2)
 
 
 def test_top_k_sends_the_largest() -> None:
     coder = TopK(Axis("dp", (0,), 0), density=0.25)
-    assert coder.decode(coder.encode(torch.tensor([1.0, -8.0, 2.0, 0.5])), 4).tolist() == [0, -8, 0, 0]
+    codes = coder.encode(torch.tensor([1.0, -8.0, 2.0, 0.5]), [torch.Size([4])])
+    assert coder.decode(codes, 4).tolist() == [0, -8, 0, 0]
+
+
+def test_top_k_sends_the_largest_of_every_tensor() -> None:
+    coder = TopK(Axis("dp", (0,), 0), density=0.5)
+    codes = coder.encode(torch.tensor([9.0, 8.0, 0.1, -0.2]), [torch.Size([2]), torch.Size([1, 2])])
+    assert coder.decode(codes, 4).tolist() == pytest.approx([9, 0, 0, -0.2], rel=0.01)
 
 
 def test_routers_and_norms_stay_exact_and_small_tensors_are_compressed_less() -> None:
