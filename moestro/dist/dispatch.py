@@ -14,7 +14,6 @@ With k experts per token spread evenly over n nodes a token visits n (1 - (1 - 1
 Dimension key:  T tokens   D width   K slots   N rows we send   M rows we receive   L experts here   R ranks
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moestro.dist.mesh import PULSE, Axis
+from moestro.dist.mesh import PULSE, Axis, begin_pairs
 from moestro.nn.experts import AnyExperts, Path
 from moestro.nn.permute import combine_rows, gather_rows, sort_by_expert
 from moestro.nn.routing_rules import Choice
@@ -135,30 +134,9 @@ def _swap(rows_NX: Tensor, send: list[int], receive: list[int], axis: Axis) -> T
     if rows_NX.is_cuda:
         dist.all_to_all_single(out_MX, rows_NX.contiguous(), receive, send, group=axis.group)
     else:
-        _swap_pairs(rows_NX.contiguous().split(send), out_MX.split(receive), axis)
+        for work in begin_pairs(rows_NX.contiguous().split(send), out_MX.split(receive), axis):
+            work.wait()
     return out_MX
-
-
-def _swap_pairs(rows_R: Sequence[Tensor], out_R: Sequence[Tensor], axis: Axis) -> None:
-    """gloo's all-to-all with every receive announced before anything is sent.
-
-    Two ranks share one connection. gloo's own all-to-all sends first, so whoever comes second sends its rows ahead of the
-    word that it can receive, and the other waits until they are through: one direction at a time, half the bandwidth.
-    """
-    size, own = axis.size, axis.index
-    waiting = []
-    for distance in range(1, size):
-        source = (own - distance) % size
-        if len(out_R[source]):
-            waiting.append(dist.irecv(out_R[source], axis.ranks[source], group=axis.group))
-    for distance in range(1, size):
-        to = (own + distance) % size
-        if len(rows_R[to]):
-            waiting.append(dist.isend(rows_R[to], axis.ranks[to], group=axis.group))
-    out_R[own].copy_(rows_R[own])
-    for work in waiting:
-        assert work is not None
-        work.wait()
 
 
 class _Exchange(torch.autograd.Function):

@@ -6,6 +6,7 @@ Groups of one rank have no process group and cost nothing.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -71,6 +72,20 @@ class Axis:
         parts = [torch.empty_like(rows_TX) for _ in self.ranks]
         dist.all_gather(parts, rows_TX.contiguous(), group=self.group)
         return torch.cat(parts)
+
+
+def begin_pairs(rows_R: Sequence[Tensor], out_R: Sequence[Tensor], axis: Axis) -> list[dist.Work]:
+    """gloo's uneven all-to-all with every receive announced before anything is sent; returns what to wait for.
+
+    Two ranks share one connection. gloo's own all-to-all sends first, so whoever comes second sends its rows ahead of the
+    word that it can receive, and the other waits until they are through: one direction at a time, half the bandwidth.
+    """
+    size, own = axis.size, axis.index
+    others = [(own + distance) % size for distance in range(1, size)]
+    works = [dist.irecv(out_R[rank], axis.ranks[rank], axis.group) for rank in reversed(others) if len(out_R[rank])]
+    works += [dist.isend(rows_R[rank], axis.ranks[rank], axis.group) for rank in others if len(rows_R[rank])]
+    out_R[own].copy_(rows_R[own])
+    return [work for work in works if work is not None]
 
 
 def alone(name: str) -> Axis:
