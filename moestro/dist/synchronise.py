@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moestro.dist.compression import make, methods_by_tensor
+from moestro.dist.compression import make, methods_by_tensor, ring_bytes
 from moestro.dist.mesh import Axis
 from moestro.dist.spec import DistSpec
 
@@ -61,11 +61,12 @@ class Periodic:
         self.compressors = {method: make(method, spec, axis) for method in self.groups}
         self.anchors = {method: _flat(members) for method, members in self.groups.items()}
         self.velocity = {method: torch.zeros_like(anchor) for method, anchor in self.anchors.items()}
+        self.met_bytes = 0.0
 
     @property
     def sent_bytes(self) -> float:
         """See `Synchroniser`."""
-        return sum(compressor.sent_bytes for compressor in self.compressors.values())
+        return self.met_bytes + sum(compressor.sent_bytes for compressor in self.compressors.values())
 
     def before_step(self) -> None:
         """Nothing to do."""
@@ -94,7 +95,9 @@ class Periodic:
         if self.spec.compression == "none":
             return
         for method, members in self.groups.items():
-            self.anchors[method] = self.axis.sum(_flat(members)) / self.axis.size
+            mine = _flat(members)
+            self.met_bytes += ring_bytes(mine.numel() * mine.element_size(), self.axis.size)
+            self.anchors[method] = self.axis.sum(mine) / self.axis.size
             _fill(members, self.anchors[method])
 
 
