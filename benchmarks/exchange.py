@@ -14,12 +14,15 @@ Prints tables, then one JSON line. `levels` and a part of `bandwidth` need root 
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -40,7 +43,7 @@ from moestro.dist.testing import run_on_ranks
 from moestro.nn.experts import Experts
 from moestro.nn.routing_rules import Choice
 from moestro.train.data import TokenData, TokenFile
-from moestro.train.device import environment
+from moestro.train.device import environment, keep_freed_memory
 from moestro.train.ranks import Ranks
 from moestro.train.recipe import Recipe
 from moestro.train.trainer import Trainer
@@ -86,6 +89,7 @@ def choose(tokens: int, experts: int, slots: int, seed: int) -> Choice:
 
 def bandwidth_on_rank(tokens: int, width: int, slots: int, experts: int, repeats: int) -> tuple[list[float], int]:
     """Seconds (raw, exchange alone, dispatcher), and bytes that one rank sends to others, there and back."""
+    keep_freed_memory()  # as the trainer does
     ranks, rank = dist.get_world_size(), dist.get_rank()
     mesh = Mesh(Layout(dp_shard=ranks, ep=ranks), torch.device("cpu"))
     choice = choose(tokens, experts, slots, rank)
@@ -241,11 +245,11 @@ AXES = {
 STEP: dict[str, Any] = {
     "model": {
         "num_layers": 4,
-        "width": 256,
+        "width": 128,
         "attention": {"num_heads": 4, "qk_norm": "head"},
-        "moe": {"num_experts": 8, "expert_width": 384},
+        "moe": {"num_experts": 8, "expert_width": 256},
     },
-    "train": {"steps": 100, "length": 256, "sequences": 16, "micro_batches": 4, "precision": "fp32"},
+    "train": {"steps": 100, "length": 128, "sequences": 16, "micro_batches": 4, "precision": "fp32"},
 }
 
 
