@@ -251,6 +251,7 @@ class PowerSGD:
 
     def sum(self, flat_N: Tensor, shapes: list[torch.Size]) -> Tensor:
         """See `Compressor`; the hook returns the mean."""
+        shapes = [_matrix(shape) for shape in shapes]
         warm = self.hook.iter >= self.hook.start_powerSGD_iter
         sizes = [_low_rank_numbers(shape, self.rank) if warm else shape.numel() for shape in shapes]
         self.sent_bytes += ring_bytes(4 * sum(sizes), self.axis.size)
@@ -264,6 +265,11 @@ class PowerSGD:
     def state(self) -> dict[str, Tensor]:
         """Its memory is not kept: after a restart it warms up again."""
         return {}
+
+
+def _matrix(shape: torch.Size) -> torch.Size:
+    """Experts' matrices one below the other: the hook would take each expert for a row."""
+    return shape if len(shape) < 3 else torch.Size([shape[:-1].numel(), shape[-1]])
 
 
 def _low_rank_numbers(shape: torch.Size, rank: int) -> int:

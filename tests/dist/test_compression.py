@@ -52,6 +52,23 @@ def test_what_was_left_out_is_sent_later(method: str) -> None:
     assert errors[1] < errors[0] / 2 or errors[0] < 0.01
 
 
+def low_rank_bytes(shape: torch.Size) -> float:
+    """Sent in a step after PowerSGD's warm-up."""
+    axis = dp()
+    compressor = make("powersgd", DistSpec(powersgd_rank=2), axis)
+    draw = torch.Generator().manual_seed(axis.index)
+    before = 0.0
+    for _ in range(3):
+        before = compressor.sent_bytes
+        compressor.sum(torch.randn(shape.numel(), generator=draw), [shape])
+    return compressor.sent_bytes - before
+
+
+def test_experts_are_factored_as_one_tall_matrix() -> None:
+    factors = 2 * (4 * 16 + 24)
+    assert run_on_ranks(low_rank_bytes, torch.Size([4, 16, 24]), ranks=4)[0] == ring_bytes(4 * factors, 4)
+
+
 def test_bytes_are_counted_as_sent() -> None:
     sent = {method: run_on_ranks(summed, method, 1, False, ranks=4)[0][2] for method in ("none", "bf16", "int8", "topk")}
     padded = -(-NUMBERS // (4 * BLOCK)) * 4 * BLOCK
