@@ -230,7 +230,10 @@ class Lab:
 
     def enter(self, rank: int) -> None:
         """Move this process into a rank's namespace."""
-        os.environ |= _as_torchrun(self, rank, 29500)
+        given = _as_torchrun(self, rank, 29500)
+        os.environ |= {
+            key: value for key, value in given.items() if not key.startswith("MASTER_")
+        }  # they meet elsewhere
         with Path(f"/run/netns/{self.name}-rank{rank}").open() as namespace:
             if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
                 raise LabError(f"rank {rank} cannot enter its namespace: {os.strerror(ctypes.get_errno())}")
