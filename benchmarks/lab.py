@@ -37,7 +37,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from moestro.cluster.links import Links
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -185,6 +188,25 @@ class Lab:
         """What every host's uplink has carried since the lab began."""
         return [self._sent(f"{self.name}-host{number}") for number in range(len(self.hosts))]
 
+    def links(self) -> "Links":
+        """The same network as the placement and dispatch models see it, at the rates payload gets."""
+        from moestro.cluster.links import exception, links_of
+        from moestro.cluster.topology import Cluster, DeviceSpec, LevelSpec
+
+        device = DeviceSpec(name="CPU", memory_gib=1, memory_gb_per_s=10, peak_tflops={"fp32": 0.1})
+        most, gb_per_s = max(host.ranks for host in self.hosts), PAYLOAD_SHARE / 8e3
+        inside = LevelSpec(name="host", fan_out=most, gb_per_s=(self.hosts[0].port_mbit or 1e6) * gb_per_s)
+        between = LevelSpec(name="network", fan_out=len(self.hosts), gb_per_s=1.0, sharing=most)
+        unlike = [exception("network", n, gb_per_s=h.up_mbit * gb_per_s) for n, h in enumerate(self.hosts)]
+        unlike += [exception("network", n, fan_out=h.ranks) for n, h in enumerate(self.hosts) if h.ranks < most]
+        unlike += [
+            exception("host", rank, gb_per_s=self.hosts[number].port_mbit * gb_per_s)
+            for rank, number in enumerate(self.host_of)
+            if self.hosts[number].port_mbit
+        ]
+        cluster = Cluster(name="lab", device=device, network=(inside, between), exception=tuple(unlike))
+        return links_of(cluster, self.ranks)
+
     def _sent(self, switch: str) -> Sent:
         counted = json.loads(_run("ip", "-n", switch, "-s", "-j", "link", "show", "uplink"))[0]["stats64"]
         out, into = (counted[way]["bytes"] - HEADER_BYTES * counted[way]["packets"] for way in ("tx", "rx"))
@@ -208,7 +230,10 @@ class Lab:
 
     def enter(self, rank: int) -> None:
         """Move this process into a rank's namespace."""
-        os.environ |= _as_torchrun(self, rank, 29500)
+        given = _as_torchrun(self, rank, 29500)
+        os.environ |= {
+            key: value for key, value in given.items() if not key.startswith("MASTER_")
+        }  # they meet elsewhere
         with Path(f"/run/netns/{self.name}-rank{rank}").open() as namespace:
             if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
                 raise LabError(f"rank {rank} cannot enter its namespace: {os.strerror(ctypes.get_errno())}")

@@ -1,13 +1,19 @@
 """benchmarks/lab.py: what the benchmarks over throttled links stand on."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from lab import PAYLOAD_SHARE, Host, Lab, LabError, missing
+
+from moestro.dist.layout import Layout
+from moestro.dist.mesh import Mesh
 
 NO_LAB = missing()
 pytestmark = pytest.mark.skipif(bool(NO_LAB), reason=NO_LAB)
@@ -49,3 +55,22 @@ def test_a_rank_that_fails_ends_the_others_and_says_what_it_said() -> None:
         pytest.raises(LabError, match=r"(?s)rank 1 ended with status 3.*no luck"),
     ):
         lab.run(["sh", "-c", "test $RANK = 0 && sleep 60; echo no luck; exit 3"], timeout_s=20)
+
+
+def exchange_s(rows: int) -> float:
+    """Seconds of an exchange of so many KiB each way, which the second rank enters a little later."""
+    axis = Mesh(Layout(dp_shard=2, ep=2), torch.device("cpu"))["ep"]
+    rows_R = [rows * (rank != axis.index) for rank in range(2)]
+    dist.barrier()
+    began = time.perf_counter()
+    time.sleep(0.02 * axis.index)
+    axis.begin_swap(torch.ones(rows, 256), rows_R, rows_R).wait()
+    return time.perf_counter() - began
+
+
+@pytest.mark.slow
+def test_an_exchange_uses_both_directions_of_a_link_at_once() -> None:
+    with Lab([Host(1, 1000, 50)] * 2) as lab:
+        seconds = max(lab.call(exchange_s, 2048, timeout_s=30))
+    fluid_s = 2048 * 1024 * 8 / (50e6 * PAYLOAD_SHARE)
+    assert seconds < 1.5 * fluid_s  # one direction after the other takes twice as long

@@ -35,6 +35,8 @@ class Links:
     """Links from the first device to the second; -1 fills up; a device reaches itself without any."""
     latency_s: float = 0.0
     """Of one exchange."""
+    crowding: float = 1.0
+    """See `Cluster.crowding`."""
     speed_G: Floats = field(default_factory=lambda: np.zeros(0))
     """Compute beside the cluster's device; empty means 1 everywhere."""
     memory_bytes_G: Floats = field(default_factory=lambda: np.zeros(0))
@@ -68,6 +70,11 @@ class Links:
         """The thinnest link of every route; infinite to oneself."""
         rate_L = np.append(self.bytes_per_s_L, np.inf)
         return np.asarray(rate_L[self.route_GGR].min(axis=2))
+
+    @property
+    def exchange_bytes_per_s_L(self) -> Floats:
+        """What is left of every link's bandwidth when everybody exchanges with everybody."""
+        return np.asarray(self.bytes_per_s_L / self.crowding)
 
     def sums(self, amount_GG: Floats) -> Floats:
         """What every link carries when amount_GG goes from device to device."""
@@ -114,6 +121,7 @@ def links_of(cluster: Cluster, devices: int = 0) -> Links:
     return replace(
         links,
         latency_s=max(crossed) * 1e-6,
+        crowding=cluster.crowding,
         speed_G=_per_device(cluster, total, "speed", 1.0),
         memory_bytes_G=_per_device(cluster, total, "memory_gib", cluster.device.memory_gib) * 2.0**30,
     )

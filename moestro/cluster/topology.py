@@ -154,6 +154,8 @@ class Cluster:
     """What differs from the levels' general figures: one slow card, a host of fewer devices, slower devices."""
     hosts: tuple[str, ...] = ()
     """Names of the hosts in rank order, where known."""
+    crowding: float = 1.0
+    """Time of an exchange of all with all beside what links promise one by one; from the probe, over TCP some 1.1."""
 
     def __post_init__(self) -> None:
         if not self.network:
@@ -167,6 +169,8 @@ class Cluster:
         unknown = [spec.level for spec in self.exception if spec.level not in names]
         if unknown:
             raise ClusterError(f"exception.level is {unknown[0]!r}; the network's levels are {', '.join(names)}")
+        if not 1 <= self.crowding < float("inf"):
+            raise ClusterError(f"crowding is {self.crowding}; it must be 1 (none) or more, see moestro cluster probe")
 
     @property
     def most_devices(self) -> float:

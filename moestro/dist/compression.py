@@ -39,6 +39,10 @@ class Compressor(Protocol):
         """The sum over the axis, as near as the method comes."""
         ...
 
+    def take_unsent(self) -> Tensor | float:
+        """What of our numbers has not been sent; the caller keeps it, the compressor forgets it."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """What it must remember to go on exactly."""
         ...
@@ -58,6 +62,10 @@ class Exact:
         """See `Compressor`."""
         self.sent_bytes += ring_bytes(flat_N.numel() * flat_N.element_size(), self.axis.size)
         return self.axis.sum(flat_N)
+
+    def take_unsent(self) -> float:
+        """Nothing."""
+        return 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Nothing."""
@@ -88,6 +96,11 @@ class Feedback:
         """Remember the difference."""
         assert self.residual_N is not None
         torch.sub(wanted_N, sent_N, out=self.residual_N)
+
+    def take(self) -> Tensor | float:
+        """The residual, from now on the caller's."""
+        unsent, self.residual_N = self.residual_N, None
+        return 0.0 if unsent is None else unsent
 
     def state(self) -> dict[str, Tensor]:
         """The residual."""
@@ -124,6 +137,10 @@ class TwoPhase:
         payload = sum(code.numel() * code.element_size() for code in codes)
         self.sent_bytes += ring_bytes(payload, ranks)
         return self.decode(everyones).flatten()[: flat_N.numel()]
+
+    def take_unsent(self) -> Tensor | float:
+        """See `Compressor`."""
+        return self.feedback.take() if self.feedback else 0.0
 
     def state(self) -> dict[str, Tensor]:
         """See `Compressor`."""
@@ -177,14 +194,18 @@ class Gathered:
     def sum(self, flat_N: Tensor, shapes: list[torch.Size]) -> Tensor:
         """See `Compressor`."""
         wanted_N = self.feedback.add(flat_N)
-        codes = self.encode(wanted_N)
+        codes = self.encode(wanted_N, shapes)
         self.feedback.keep(wanted_N, self.decode(codes, flat_N.numel()))
         self.sent_bytes += (self.axis.size - 1) * sum(code.numel() * code.element_size() for code in codes)
         everyones = [self.axis.gather_even(code[None]) for code in codes]
         parts = [self.decode([code[rank] for code in everyones], flat_N.numel()) for rank in range(self.axis.size)]
         return torch.stack(parts).sum(0)
 
-    def encode(self, flat_N: Tensor) -> list[Tensor]:
+    def take_unsent(self) -> Tensor | float:
+        """See `Compressor`."""
+        return self.feedback.take()
+
+    def encode(self, flat_N: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
         """What is sent."""
         raise NotImplementedError
 
@@ -202,15 +223,19 @@ class Gathered:
 
 
 class TopK(Gathered):
-    """The largest numbers only."""
+    """The largest numbers of every tensor only: one with small numbers throughout must not wait for the others."""
 
     def __init__(self, axis: Axis, density: float) -> None:
         super().__init__(axis)
         self.density = density
 
-    def encode(self, flat_N: Tensor) -> list[Tensor]:
+    def encode(self, flat_N: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
         """Positions as int32 and values as bfloat16, which has float32's range."""
-        place_K = flat_N.abs().topk(max(1, round(self.density * flat_N.numel()))).indices
+        sizes, start, places = [shape.numel() for shape in shapes], 0, []
+        for part, size in zip(flat_N.abs().split(sizes), sizes, strict=True):
+            places.append(part.topk(max(1, round(self.density * size))).indices + start)
+            start += size
+        place_K = torch.cat(places)
         return [place_K.to(torch.int32), flat_N[place_K].bfloat16()]
 
     def decode(self, codes: list[Tensor], numbers: int) -> Tensor:
@@ -221,7 +246,7 @@ class TopK(Gathered):
 class Sign(Gathered):
     """One bit a number."""
 
-    def encode(self, flat_N: Tensor) -> list[Tensor]:
+    def encode(self, flat_N: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
         """See `encode_sign`."""
         padded = flat_N.new_zeros(-(-flat_N.numel() // BLOCK) * BLOCK)
         padded[: flat_N.numel()] = flat_N
@@ -243,12 +268,17 @@ class PowerSGD:
 
     def sum(self, flat_N: Tensor, shapes: list[torch.Size]) -> Tensor:
         """See `Compressor`; the hook returns the mean."""
+        shapes = [_matrix(shape) for shape in shapes]
         warm = self.hook.iter >= self.hook.start_powerSGD_iter
         sizes = [_low_rank_numbers(shape, self.rank) if warm else shape.numel() for shape in shapes]
         self.sent_bytes += ring_bytes(4 * sum(sizes), self.axis.size)
         with self.axis.message(flat_N):
             mean_N: Tensor = powerSGD_hook.powerSGD_hook(self.hook, _Bucket(flat_N.clone(), shapes)).wait()
         return mean_N * self.axis.size
+
+    def take_unsent(self) -> float:
+        """The hook keeps it."""
+        return 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Steps so far, and of its one bucket: what is owed, and the thin factors it starts the next step from."""
@@ -263,6 +293,11 @@ class PowerSGD:
             if name in tensors:
                 memory[0] = tensors[name].clone()
         self.hook.iter = int(tensors["iter"])
+
+
+def _matrix(shape: torch.Size) -> torch.Size:
+    """Experts' matrices one below the other: the hook would take each expert for a row."""
+    return shape if len(shape) < 3 else torch.Size([shape[:-1].numel(), shape[-1]])
 
 
 def _low_rank_numbers(shape: torch.Size, rank: int) -> int:

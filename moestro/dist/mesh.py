@@ -7,7 +7,7 @@ All collectives of training go through an `Axis`, where they are counted (for `w
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -67,7 +67,7 @@ class Axis:
         """As `sum`, while this rank does something else."""
         total = value.clone()
         PULSE.entered += 1
-        return Pending(self, total, dist.all_reduce(total, group=self.group, async_op=True), (total,))
+        return Pending(self, total, [dist.all_reduce(total, group=self.group, async_op=True)], (total,))
 
     def least(self, value: Tensor) -> Tensor:
         """The least of the ranks' numbers, each for itself, as a new tensor."""
@@ -111,8 +111,11 @@ class Axis:
         rows_NX = rows_NX.contiguous()
         out_MX = rows_NX.new_empty(sum(receive), *rows_NX.shape[1:])
         PULSE.entered += 1
-        work = dist.all_to_all_single(out_MX, rows_NX, receive, send, group=self.group, async_op=True)
-        return Pending(self, out_MX, work, (rows_NX,))
+        if rows_NX.is_cuda:
+            works = [dist.all_to_all_single(out_MX, rows_NX, receive, send, group=self.group, async_op=True)]
+        else:
+            works = begin_pairs(rows_NX.split(send), out_MX.split(receive), self)
+        return Pending(self, out_MX, works, (rows_NX,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +125,30 @@ class Pending:
     axis: Axis
     result: Tensor
     """Undefined until `wait` has returned it."""
-    work: Any
+    works: Sequence[Any]
     kept: tuple[Tensor, ...]
     """What the collective reads or writes meanwhile."""
 
     def wait(self) -> Tensor:
         """The result."""
         with CLOCK.message(self.axis, self.result.is_cuda):
-            self.work.wait()
+            for work in self.works:
+                work.wait()
         return self.result
+
+
+def begin_pairs(rows_R: Sequence[Tensor], out_R: Sequence[Tensor], axis: Axis) -> list[dist.Work]:
+    """gloo's uneven all-to-all with every receive announced before anything is sent; returns what to wait for.
+
+    Two ranks share one connection. gloo's own all-to-all sends first, so whoever comes second sends its rows ahead of the
+    word that it can receive, and the other waits until they are through: one direction at a time, half the bandwidth.
+    """
+    size, own = axis.size, axis.index
+    others = [(own + distance) % size for distance in range(1, size)]
+    works = [dist.irecv(out_R[rank], axis.ranks[rank], axis.group) for rank in reversed(others) if len(out_R[rank])]
+    works += [dist.isend(rows_R[rank], axis.ranks[rank], axis.group) for rank in others if len(rows_R[rank])]
+    out_R[own].copy_(rows_R[own])
+    return [work for work in works if work is not None]
 
 
 def alone(name: str) -> Axis:

@@ -7,7 +7,10 @@
              no copy runs further ahead than that (stale synchronous parallel, Ho 2013)
     hybrid   stale between copies that are themselves several ranks, inside which every step is synchronous
 
-A copy is all ranks with one place on dp_replicate. What travels between copies may be compressed (dist.compression).
+A copy is all ranks with one place on dp_replicate. What travels between copies may be compressed (dist.compression);
+what of its change a copy has not sent stays in its own weights, so that it goes on learning from what it has learned,
+and is sent later. `local` with sync_every = 1 compresses what the optimiser makes of gradients instead of gradients:
+Adam divides a number that is sent now and then by its own rarity, and so undoes error feedback.
 """
 
 from collections import deque
@@ -18,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moestro.dist.compression import Compressor, below, make, methods_by_tensor
+from moestro.dist.compression import Compressor, below, make, methods_by_tensor, ring_bytes
 from moestro.dist.mesh import Axis, Pending
 from moestro.dist.shard import Parts, local
 from moestro.dist.spec import DistSpec
@@ -87,11 +90,12 @@ class Periodic:
             members[0]: _Group.of([parameters[name] for name in members], make(method, spec, axis))
             for (method, _), members in names.items()
         }
+        self.met_bytes = 0.0
 
     @property
     def sent_bytes(self) -> float:
         """See `Synchroniser`."""
-        return sum(group.compressor.sent_bytes for group in self.groups.values())
+        return self.met_bytes + sum(group.compressor.sent_bytes for group in self.groups.values())
 
     def before_step(self) -> None:
         """Nothing to do."""
@@ -114,12 +118,20 @@ class Periodic:
             gradient = group.compressor.sum(change, shapes) / self.axis.size
             group.velocity.mul_(self.momentum).add_(gradient)
             group.anchor.sub_(self.rate * (gradient + self.momentum * group.velocity))
-            _fill(group.members, group.anchor)
+            _fill(group.members, group.anchor - group.compressor.take_unsent())
 
+    @torch.no_grad()
     def meet(self) -> None:
-        """They met at the last outer step, unless the run ends between two."""
+        """They met at the last outer step, up to what was not sent, unless the run ends between two."""
         if self.moved:
             self._outer_step()
+        if self.spec.compression == "none":
+            return
+        for group in self.groups.values():
+            mine = _flat(group.members)
+            self.met_bytes += ring_bytes(mine.numel() * mine.element_size(), self.axis.size)
+            group.anchor = self.axis.sum(mine) / self.axis.size
+            _fill(group.members, group.anchor)
 
     def state(self) -> dict[str, Tensor]:
         """The outer momentum, and what compressors owe; anchors are the weights."""

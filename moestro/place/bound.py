@@ -41,7 +41,7 @@ def quick_bound(layer: Layer) -> float:
             token_E = np.sort(layer.token_SE[mine].sum(axis=0))[::-1]
             left = token_E[int(layer.slot_G[mine].sum()) :].sum() * layer.token_bytes
             if out_L:
-                exchange_s = max(exchange_s, layer.exchanges * left / links.bytes_per_s_L[out_L].sum())
+                exchange_s = max(exchange_s, layer.exchanges * left / links.exchange_bytes_per_s_L[out_L].sum())
     return float(compute_s + exchange_s + layer.latency_s)
 
 

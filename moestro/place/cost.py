@@ -2,7 +2,7 @@
 
     Layer (network, tokens, costs) + Placement (who holds, who serves) -> step_time -> StepTime
 
-    exchange   exchanges x bytes / bandwidth of the busiest link (dispatch and combine, forward and backward: 4)
+    exchange   exchanges x crowding x bytes / bandwidth of the busiest link (dispatch, combine, and back: 4)
     compute    passes x tokens / speed of the slowest device (forward once, backward twice: 3)
     gradients  every replica beside the home sends its gradient home and gets weights back, `sync_share` not hidden
     moving     bytes of new replicas over the busiest link, paid once, spread over `horizon_steps`
@@ -182,7 +182,7 @@ def step_time(layer: Layer, placement: Placement) -> StepTime:
     rate_L = layer.links.bytes_per_s_L
     load_G = placement.flow_SG(layer.token_SE).sum(axis=0)
     return StepTime(
-        exchange_s=layer.exchanges * _longest(exchange_bytes(layer, placement) / rate_L),
+        exchange_s=layer.exchanges * _longest(exchange_bytes(layer, placement) / layer.links.exchange_bytes_per_s_L),
         compute_s=layer.passes * _longest(load_G / layer.tokens_per_s_G),
         sync_s=layer.sync_share * _longest(sync_bytes(layer, placement.held_EG) / rate_L),
         move_s=_longest(move_bytes(layer, placement.held_EG) / rate_L) / layer.horizon_steps,

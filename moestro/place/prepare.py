@@ -49,7 +49,7 @@ def fixed_arrays(layer: Layer, most_new: int = NO_LIMIT, serial: bool = False) -
         even_tokens=max(float(token_AE.mean()), 1e-30),
         route_AGR=route_AGR,
         part_AGR=part_AGR,
-        link_cost_L=layer.exchanges * layer.token_bytes / rate_L,
+        link_cost_L=layer.exchanges * layer.token_bytes / links.exchange_bytes_per_s_L,
         device_cost_G=layer.passes / layer.tokens_per_s_G,
         slot_G=np.ascontiguousarray(layer.slot_G, np.int64),
         pair_route_GGR=np.ascontiguousarray(links.route_GGR),

@@ -111,3 +111,9 @@ def test_names_mean_families(name: str, family: str) -> None:
 def test_an_unknown_name_means_none() -> None:
     assert find_device("abacus") is None
     assert "H100" in known_devices()
+
+
+def test_crowding_is_read_and_cannot_be_a_gain(tmp_path: Path) -> None:
+    assert read_cluster(write(tmp_path, TWO_LEVELS.replace('"lab"', '"lab"\ncrowding = 1.2', 1))).crowding == 1.2
+    with pytest.raises(ClusterError, match=r"crowding is 0\.9; it must be 1"):
+        read_cluster(write(tmp_path, TWO_LEVELS.replace('"lab"', '"lab"\ncrowding = 0.9', 1)))

@@ -52,18 +52,42 @@ def test_what_was_left_out_is_sent_later(method: str) -> None:
     assert errors[1] < errors[0] / 2 or errors[0] < 0.01
 
 
+def low_rank_bytes(shape: torch.Size) -> float:
+    """Sent in a step after PowerSGD's warm-up."""
+    axis = dp()
+    compressor = make("powersgd", DistSpec(powersgd_rank=2), axis)
+    draw = torch.Generator().manual_seed(axis.index)
+    before = 0.0
+    for _ in range(3):
+        before = compressor.sent_bytes
+        compressor.sum(torch.randn(shape.numel(), generator=draw), [shape])
+    return compressor.sent_bytes - before
+
+
+def test_experts_are_factored_as_one_tall_matrix() -> None:
+    factors = 2 * (4 * 16 + 24)
+    assert run_on_ranks(low_rank_bytes, torch.Size([4, 16, 24]), ranks=4)[0] == ring_bytes(4 * factors, 4)
+
+
 def test_bytes_are_counted_as_sent() -> None:
     sent = {method: run_on_ranks(summed, method, 1, False, ranks=4)[0][2] for method in ("none", "bf16", "int8", "topk")}
     padded = -(-NUMBERS // (4 * BLOCK)) * 4 * BLOCK
     assert sent["none"] == ring_bytes(4 * NUMBERS, 4) == 1.5 * 4 * NUMBERS
     assert sent["bf16"] == 1.5 * 2 * padded
     assert sent["int8"] == 1.5 * (padded + 4 * padded / BLOCK)
-    assert sent["topk"] == 3 * round(0.05 * NUMBERS) * (4 + 2)
+    assert sent["topk"] == 3 * sum(round(0.05 * shape.numel()) for shape in SHAPES) * (4 + 2)
 
 
 def test_top_k_sends_the_largest() -> None:
     coder = TopK(Axis("dp", (0,), 0), density=0.25)
-    assert coder.decode(coder.encode(torch.tensor([1.0, -8.0, 2.0, 0.5])), 4).tolist() == [0, -8, 0, 0]
+    codes = coder.encode(torch.tensor([1.0, -8.0, 2.0, 0.5]), [torch.Size([4])])
+    assert coder.decode(codes, 4).tolist() == [0, -8, 0, 0]
+
+
+def test_top_k_sends_the_largest_of_every_tensor() -> None:
+    coder = TopK(Axis("dp", (0,), 0), density=0.5)
+    codes = coder.encode(torch.tensor([9.0, 8.0, 0.1, -0.2]), [torch.Size([2]), torch.Size([1, 2])])
+    assert coder.decode(codes, 4).tolist() == pytest.approx([9, 0, 0, -0.2], rel=0.01)
 
 
 def test_routers_and_norms_stay_exact_and_small_tensors_are_compressed_less() -> None:

@@ -37,6 +37,30 @@ def test_local_copies_meet_at_their_mean() -> None:
     assert run_on_ranks(walk, spec, 4, False, ranks=COPIES) == [[1, 3, 4, 6], [2, 3, 5, 6]]
 
 
+def unsent(steps: int) -> tuple[list[list[float]], list[float]]:
+    """Weights of both copies after every step, and where they meet; copy c moves weight c by 2 and the other by 1."""
+    mesh = Mesh(Layout(dp_replicate=COPIES), torch.device("cpu"))
+    weight, axis = nn.Parameter(torch.zeros(2)), mesh["dp_replicate"]
+    spec = DistSpec(dp_replicate=COPIES, sync="local", sync_every=1, compression="topk", density=0.5)
+    synchroniser = make_synchroniser({"w": weight}, axis, spec)
+    assert synchroniser is not None
+    seen = []
+    for step in range(1, steps + 1):
+        weight.data[axis.index] += 2
+        weight.data[1 - axis.index] += 1
+        synchroniser.after_step(step)
+        seen.append(weight.tolist())
+    synchroniser.meet()
+    return seen, weight.tolist()
+
+
+def test_what_a_copy_has_not_sent_stays_in_its_own_weights() -> None:
+    first, second = run_on_ranks(unsent, 2, ranks=COPIES)
+    assert first[0][0] == [1, 2]  # sent its 2 of weight 0, kept its 1 of weight 1, got half of the other's 2 there
+    assert second[0][0] == [2, 1]
+    assert first[1] == second[1] == [3, 3]  # nothing is lost: 2 steps of 1.5 on average
+
+
 def test_an_outer_step_follows_nesterov() -> None:
     spec = DistSpec(dp_replicate=COPIES, sync="diloco", sync_every=1, outer_lr=0.5, outer_momentum=0.5)
     first = 0.5 * (1.5 + 0.5 * 1.5)  # rate (gradient + momentum velocity); copies move by 1.5 on average

@@ -18,7 +18,7 @@ from moestro.place.cost import (
     step_time,
     sync_bytes,
 )
-from moestro.place.solve import split
+from moestro.place.solve import solve, split
 
 HERE = np.array([[100.0, 0], [0, 100.0]])
 
@@ -38,6 +38,17 @@ def test_the_busiest_link_sets_the_exchange() -> None:
     case = layer(park(2, 1, card=10, slow=1), HERE[::-1], 1)
     time = step_time(case, even_split(case.held_EG))
     assert time.exchange_s == pytest.approx(4 * 100 * 1e4 / 1e9)
+
+
+def test_a_crowded_network_slows_exchanges_and_nothing_else() -> None:
+    free = layer(park(2, 1, card=10, slow=1), HERE[::-1], 1, gradient_bytes=1e6)
+    crowded = replace(free, links=links_of(replace(park(2, 1, card=10, slow=1), crowding=1.25), 2))
+    held_EG = np.ones((2, 2), bool)
+    once, more = (step_time(case, even_split(held_EG)) for case in (free, crowded))
+    assert more.exchange_s == pytest.approx(1.25 * once.exchange_s)
+    assert once.exchange_s > 0
+    assert (more.compute_s, more.sync_s) == (once.compute_s, once.sync_s)
+    assert solve(crowded).time.exchange_s == pytest.approx(1.25 * solve(free).time.exchange_s)
 
 
 def test_replicas_pay_for_gradients_and_new_ones_for_moving() -> None:
