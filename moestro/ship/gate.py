@@ -161,6 +161,8 @@ class Gate:
                 scope["principal"] = await self._principal(scope)
                 if len(scope["path"]) > MAX_PATH:
                     raise errors.RefusalError(f"the path has {len(scope['path'])} characters; at most {MAX_PATH}", 414)
+                if not scope["query_string"].isascii():
+                    raise errors.RefusalError("the query has bytes above 127; encode them as %XX", 400)
                 await self.app(scope, receive, counted)
             except errors.Error as error:
                 if answered[0]:

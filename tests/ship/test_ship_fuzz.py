@@ -41,6 +41,10 @@ def test_numbers_and_paths_of_any_length_are_refused_not_stumbled_over(
     parsers["requests"].run(request_line.encode())  # raises for an answer of 500 or above
 
 
+def test_a_query_of_bytes_that_are_no_text_is_refused(parsers: dict[str, Target]) -> None:
+    parsers["requests"].run(b"GET /?root=\x80")
+
+
 def test_json_of_any_depth_is_refused(parsers: dict[str, Target]) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(DEEP) + DEEP
     with pytest.raises(TransferError, match="nested deeper"):
