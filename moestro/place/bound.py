@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moestro.place.compiled import compiled
-from moestro.place.cost import Bools, Layer
+from moestro.place.cost import Layer
 from moestro.place.prepare import fixed_arrays
 from moestro.place.state import Fixed, Floats, State
 
@@ -32,23 +32,13 @@ def quick_bound(layer: Layer) -> float:
     compute_s = layer.passes * layer.token_SE.sum() / layer.tokens_per_s_G.sum()
     exchange_s = 0.0
     links = layer.links
-    if not layer.sets and links.hosts > 1:
-        host_G, route_GGR = links.host_G, links.route_GGR
-        for host in range(links.hosts):
-            mine = host_G == host
-            used_L = np.unique(route_GGR[np.ix_(mine, ~mine)])
-            out_L = [link for link in used_L if link >= 0 and links.above_L[link] and _leaves(layer, int(link), mine)]
+    if not layer.sets:
+        for host, rate in enumerate(links.leaving_bytes_per_s_H):
+            mine = links.host_G == host
             token_E = np.sort(layer.token_SE[mine].sum(axis=0))[::-1]
             left = token_E[int(layer.slot_G[mine].sum()) :].sum() * layer.token_bytes
-            if out_L:
-                exchange_s = max(exchange_s, layer.exchanges * left / links.exchange_bytes_per_s_L[out_L].sum())
+            exchange_s = max(exchange_s, layer.exchanges * left / rate)
     return float(compute_s + exchange_s + layer.latency_s)
-
-
-def _leaves(layer: Layer, link: int, mine: Bools) -> bool:
-    """Whether a link carries only what leaves this host, and is its first one above."""
-    uses_GG = (layer.links.route_GGR == link).any(axis=2)
-    return not uses_GG[~mine].any()
 
 
 def dual_bound(layer: Layer, state: State | None = None, rounds: int = 250) -> float:
