@@ -91,7 +91,7 @@ class Links:
 
     @cached_property
     def leaving_bytes_per_s_H(self) -> Floats:
-        """What can leave each host in an exchange: its links above hosts that no other host sends through; infinite where none is."""
+        """What leaves each host in an exchange: its links above hosts that no other sends through; infinite without."""
         pair_N, link_N = self._ways
         source_N = self.host_G[pair_N // self.devices]
         uses_LH = np.zeros((len(self.names), self.hosts), bool)
