@@ -136,7 +136,7 @@ def midsize(args: argparse.Namespace) -> list[Row]:
                 "ms": 1e3 * seconds,
                 "step_ms": 1e3 * answer.time.total_s,
                 "over_long_search": answer.time.total_s / long,
-                "over_bound": answer.time.total_s / relaxed_bound(layer, 60),
+                "over_bound": answer.time.total_s / relaxed_bound(layer, 60, long),
                 "spread_near_over_long": near_time(layer, spread_start(layer)) / long,
                 "eplb_even_over_long": step_time(layer, eplb_placement(layer)).total_s / long,
                 "contiguous_over_long": near_time(layer, layer.held_EG) / long,

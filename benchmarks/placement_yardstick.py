@@ -68,7 +68,7 @@ def run_case(module: ModuleType, case: Any, effort: float, bound_limit_s: float,
     quick_bound(layer)
     seconds = time.perf_counter() - began
     step_ms = float(module.score(case, answer.placement.held_EG.astype(int))["step_ms"])
-    bound_s = max(relaxed_bound(layer, bound_limit_s), dual_bound(layer, answer.state))
+    bound_s = max(relaxed_bound(layer, bound_limit_s, answer.time.total_s), dual_bound(layer, answer.state))
     return {"step_ms": step_ms, "bound_ms": min(bound_s * 1e3, step_ms), "seconds": seconds}
 
 

@@ -13,6 +13,7 @@ Each gives samples [N, S, E]: routed tokens of every source device, one sample e
 
 import csv
 import gzip
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-TRACES = Path(__file__).parents[2] / "shared" / "placement" / "traces"
+TRACES = Path(os.environ.get("MOESTRO_TRACES", Path(__file__).parents[2] / "shared" / "placement" / "traces"))
 TOKENS = 8192
 STEPS_PER_SAMPLE = 10
 DOMAINS = ("arxiv", "book", "c4", "github", "wikipedia")

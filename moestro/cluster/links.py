@@ -76,11 +76,29 @@ class Links:
         """What is left of every link's bandwidth when everybody exchanges with everybody."""
         return np.asarray(self.bytes_per_s_L / self.crowding)
 
+    @cached_property
+    def _ways(self) -> tuple[Ints, Ints]:
+        """Every use of a link: the pair s * G + g, and the link."""
+        pair_N = np.flatnonzero(self.route_GGR >= 0)
+        return pair_N // self.route_GGR.shape[2], self.route_GGR.ravel()[pair_N]
+
     def sums(self, amount_GG: Floats) -> Floats:
         """What every link carries when amount_GG goes from device to device."""
-        weight_GGR = np.broadcast_to(amount_GG[:, :, None], self.route_GGR.shape)
-        used = self.route_GGR >= 0
-        return np.bincount(self.route_GGR[used], weight_GGR[used], minlength=len(self.names)).astype(np.float64)
+        if not amount_GG.any():
+            return np.zeros(len(self.names))
+        pair_N, link_N = self._ways
+        return np.bincount(link_N, amount_GG.ravel()[pair_N], minlength=len(self.names)).astype(np.float64)
+
+    @cached_property
+    def leaving_bytes_per_s_H(self) -> Floats:
+        """What leaves each host in an exchange: its links above hosts that no other sends through; infinite without."""
+        pair_N, link_N = self._ways
+        source_N = self.host_G[pair_N // self.devices]
+        uses_LH = np.zeros((len(self.names), self.hosts), bool)
+        uses_LH[link_N, source_N] = True
+        own_L = self.above_L & (uses_LH.sum(axis=1) == 1)
+        rate_H = np.bincount(uses_LH[own_L].argmax(axis=1), self.exchange_bytes_per_s_L[own_L], minlength=self.hosts)
+        return np.where(rate_H > 0, rate_H, np.inf)
 
 
 def from_use(

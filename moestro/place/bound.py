@@ -2,7 +2,7 @@
 
     quick_bound       closed form: all devices' compute, and what full hosts must import
     dual_bound        prices on links, devices and slots; each expert chooses its best set of holders (up to 8 devices)
-    relaxed_bound     linear programme: experts may be held in part (HiGHS)
+    relaxed_bound     linear programme (HiGHS), experts held in part; with a known answer raised box by box (`boxes`)
     exact             the same with whole replicas: branch and bound (HiGHS), for small layers
 
 `dual_bound` is Lagrangian: for any prices it is a bound, and since experts choose whole sets of holders it can pass the
@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moestro.place.boxes import boxed_bound
 from moestro.place.compiled import compiled
-from moestro.place.cost import Bools, Layer
+from moestro.place.cost import Layer
 from moestro.place.prepare import fixed_arrays
+from moestro.place.programme import EXACT, FOUND, build, solve_programme
 from moestro.place.state import Fixed, Floats, State
 
 FEW = 8
@@ -32,23 +34,13 @@ def quick_bound(layer: Layer) -> float:
     compute_s = layer.passes * layer.token_SE.sum() / layer.tokens_per_s_G.sum()
     exchange_s = 0.0
     links = layer.links
-    if not layer.sets and links.hosts > 1:
-        host_G, route_GGR = links.host_G, links.route_GGR
-        for host in range(links.hosts):
-            mine = host_G == host
-            used_L = np.unique(route_GGR[np.ix_(mine, ~mine)])
-            out_L = [link for link in used_L if link >= 0 and links.above_L[link] and _leaves(layer, int(link), mine)]
+    if not layer.sets:
+        for host, rate in enumerate(links.leaving_bytes_per_s_H):
+            mine = links.host_G == host
             token_E = np.sort(layer.token_SE[mine].sum(axis=0))[::-1]
             left = token_E[int(layer.slot_G[mine].sum()) :].sum() * layer.token_bytes
-            if out_L:
-                exchange_s = max(exchange_s, layer.exchanges * left / links.exchange_bytes_per_s_L[out_L].sum())
+            exchange_s = max(exchange_s, layer.exchanges * left / rate)
     return float(compute_s + exchange_s + layer.latency_s)
-
-
-def _leaves(layer: Layer, link: int, mine: Bools) -> bool:
-    """Whether a link carries only what leaves this host, and is its first one above."""
-    uses_GG = (layer.links.route_GGR == link).any(axis=2)
-    return not uses_GG[~mine].any()
 
 
 def dual_bound(layer: Layer, state: State | None = None, rounds: int = 250) -> float:
@@ -247,39 +239,27 @@ class Exact:
     proven: bool
 
 
-def relaxed_bound(layer: Layer, limit_s: float = 60.0) -> float:
-    """Seconds; the linear programme's optimum, or `quick_bound` where it does not end in time."""
-    return max(quick_bound(layer), _programme(layer, whole=False, limit_s=limit_s).bound_s)
+def relaxed_bound(layer: Layer, limit_s: float = 60.0, known_s: float = np.inf) -> float:
+    """Seconds; the linear programme's optimum, raised towards `known_s` (of a placement that we have) in the time left.
+
+    `quick_bound` where not even the programme ends in time, `known_s` where nothing can be better.
+    """
+    found_s = boxed_bound(fixed_arrays(layer), known_s - layer.latency_s, limit_s) + layer.latency_s
+    return max(quick_bound(layer), found_s)
 
 
 def exact(layer: Layer, limit_s: float = 60.0) -> Exact:
     """The best placement of a small layer, proven or with the bound reached in `limit_s`."""
-    return _programme(layer, whole=True, limit_s=limit_s)
-
-
-def _programme(layer: Layer, *, whole: bool, limit_s: float) -> Exact:
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    from moestro.place.programme import build
-
-    model = build(fixed_arrays(layer))
     experts, devices = layer.held_EG.shape
     began = time.perf_counter()
-    found = milp(
-        model.cost_V,
-        constraints=LinearConstraint(model.rows, model.low_C, model.high_C),
-        integrality=model.whole_V if whole else np.zeros_like(model.whole_V),
-        bounds=Bounds(np.zeros(len(model.cost_V)), model.most_V),
-        options={"time_limit": limit_s, "mip_rel_gap": 1e-4},
-    )
-    dual = getattr(found, "mip_dual_bound", None)
-    solved = found.x is not None
-    bound_s = float(found.fun) if solved and not whole else float(dual) if dual is not None else 0.0
-    held_EG = np.rint(found.x[: experts * devices]).reshape(experts, devices) > 0 if solved and whole else None
+    found = solve_programme(build(fixed_arrays(layer)), EXACT, limit_s)
+    solved, dual = found.x is not None, found.mip_dual_bound
+    bound_s = float(dual) if dual is not None else 0.0
+    held_EG = np.rint(found.x[: experts * devices]).reshape(experts, devices) > 0 if solved else None
     return Exact(
         held_EG=held_EG,
         step_s=(float(found.fun) if solved else np.inf) + layer.latency_s,
         bound_s=bound_s + layer.latency_s,
         seconds=time.perf_counter() - began,
-        proven=found.status == 0,
+        proven=found.status == FOUND,
     )

@@ -17,6 +17,7 @@ Dimension key:  S sources (devices)   E experts   G devices   P replicas of an e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,12 +87,12 @@ class Layer:
         if not (np.isfinite(self.tokens_per_s_G).all() and (self.tokens_per_s_G > 0).all()):
             raise PlacementError("a device's speed is not above 0; correct tokens_per_s")
 
-    @property
+    @cached_property
     def home_E(self) -> Ints:
         """Where an expert's optimiser lives: its first holder; -1 where that is not fixed."""
         return np.asarray(-np.ones(len(self.held_EG), np.int64) if self.homes_move else self.held_EG.argmax(axis=1))
 
-    @property
+    @cached_property
     def nearest_EG(self) -> Ints:
         """The holder that a device would copy an expert from; -1 where it holds it."""
         rate_GG = self.links.path_bytes_per_s_GG

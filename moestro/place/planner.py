@@ -13,7 +13,7 @@ import numpy as np
 
 from moestro.cluster.links import Links
 from moestro.place.cost import Layer, Placement, step_time
-from moestro.place.policy import Reason, Verdict, decide, life_steps
+from moestro.place.policy import FADING, MARGIN, Reason, Verdict, decide, life_steps, trust
 from moestro.place.predict import Predictor
 from moestro.place.prepare import NO_LIMIT
 from moestro.place.solve import solve, split
@@ -82,7 +82,9 @@ class Gated:
             watched_steps=max(watched, 10.0 * self.interval_steps),
             left_steps=self.total_steps - watched,
         )
-        expected = replace(layer, token_SE=token_SE, horizon_steps=max(life, 1.0))
+        # the search weighs every single replica as the gate weighs the plan
+        counted = life * FADING * trust(float(error_L[0])) / MARGIN
+        expected = replace(layer, token_SE=token_SE, horizon_steps=max(counted, 1.0))
         stay = split(expected, layer.held_EG)
         now_s = step_time(expected, stay).total_s
         nothing = Verdict(move=False, reason=Reason.SAME, saved_s=0.0, cost_s=0.0, life_steps=life)

@@ -15,6 +15,15 @@ HALF = 0.5
 LONGEST_STEPS = 2000.0
 LEAST_GAIN = 0.02
 """Share of the step below which nothing is moved."""
+MARGIN = 1.5
+"""How much more than its cost a move must save."""
+FADING = 0.5
+"""Mean of a gain over its life, at whose end it is gone."""
+
+
+def trust(error: float) -> float:
+    """Share of a predicted gain that is counted on, from the expected relative error of the loads, 0..2."""
+    return 1.0 - min(error / 2, 1.0)
 
 
 class Reason(StrEnum):
@@ -47,7 +56,9 @@ def life_steps(*, drift: float, interval_steps: float, watched_steps: float, lef
     return max(min(lasting, watched_steps, left_steps, LONGEST_STEPS), min(interval_steps, left_steps))
 
 
-def decide(*, now_s: float, planned_s: float, move_s: float, life: float, error: float, margin: float = 1.5) -> Verdict:
+def decide(
+    *, now_s: float, planned_s: float, move_s: float, life: float, error: float, margin: float = MARGIN
+) -> Verdict:
     """Move or stay.
 
     now_s, planned_s  step times under the predicted loads with the placement in force and with the plan, both with
@@ -57,8 +68,8 @@ def decide(*, now_s: float, planned_s: float, move_s: float, life: float, error:
     error             expected relative error of the loads, 0..2; the gain is discounted by half of it
     margin            how much more than the cost the gain must be
     """
-    gain_s = (now_s - planned_s) * (1.0 - min(error / 2, 1.0))
-    saved_s = gain_s * life
+    gain_s = (now_s - planned_s) * trust(error)
+    saved_s = gain_s * life * FADING
     if now_s - planned_s <= LEAST_GAIN * now_s:
         reason = Reason.SAME
     elif gain_s <= 0:

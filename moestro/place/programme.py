@@ -8,6 +8,10 @@
 Dimension key:  V variables   C rows   others as in `state`
 """
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +22,7 @@ from moestro.place.state import Fixed, Floats, Ints
 
 @dataclass(frozen=True, kw_only=True)
 class Programme:
-    """min cost_V @ v  with  low_C <= rows @ v <= high_C,  0 <= v <= most_V."""
+    """min cost_V @ v  with  low_C <= rows @ v <= high_C,  low_V <= v <= most_V."""
 
     cost_V: Floats
     rows: Any
@@ -26,10 +30,47 @@ class Programme:
     low_C: Floats
     high_C: Floats
     most_V: Floats
+    low_V: Floats
     whole_V: Ints
+    """0 broken, 1 whole hosts (`tighten`), 2 whole devices: an exact answer needs both."""
 
 
-class _Rows:
+EXACT = 2
+"""The highest level of `whole_V`."""
+FOUND, IMPOSSIBLE = 0, 2
+"""Of SciPy's status: proven best, and no answer exists."""
+
+
+def solve_programme(model: Programme, level: int, limit_s: float, gap: float = 1e-4) -> Any:
+    """SciPy's `milp` result, variables up to `level` whole."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    with _silent():
+        return milp(
+            model.cost_V,
+            constraints=LinearConstraint(model.rows, model.low_C, model.high_C),
+            integrality=((model.whole_V > 0) & (model.whole_V <= level)).astype(int),
+            bounds=Bounds(model.low_V, model.most_V),
+            options={"time_limit": max(limit_s, 0.01), "mip_rel_gap": gap},
+        )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS writes a line of its debugging to the process's stdout now and then; callers print JSON there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class Rows:
     """Sparse rows, collected as arrays."""
 
     def __init__(self) -> None:
@@ -63,7 +104,7 @@ def build(fixed: Fixed) -> Programme:
     holders, shares = experts * devices, sources * experts * devices
     share_AEG = holders + np.arange(shares).reshape(sources, experts, devices)
     t_link, t_device, t_sync, t_move = (holders + shares + i for i in range(4))
-    rows = _Rows()
+    rows = Rows()
     _assignment(rows, fixed, share_AEG)
     _link_rows(rows, fixed, share_AEG, t_link)
     source, expert, device = (part.ravel() for part in np.indices(share_AEG.shape))
@@ -72,19 +113,25 @@ def build(fixed: Fixed) -> Programme:
     _holding_rows(rows, fixed, t_sync, t_move)
     variables = holders + shares + 4
     if fixed.dedup:
-        variables = _set_rows(rows, fixed, share_AEG, t_link, variables)
+        variables = variables + _set_rows(rows, fixed, share_AEG, t_link)
     cost_V, most_V, whole_V = np.zeros(variables), np.ones(variables), np.zeros(variables, np.int64)
     cost_V[t_link : t_move + 1] = 1.0
     most_V[t_link : t_move + 1] = np.inf
-    whole_V[:holders] = 1
+    whole_V[:holders] = 2
     assert links
     low_C, high_C = np.concatenate(rows.low), np.concatenate(rows.high)
     return Programme(
-        cost_V=cost_V, rows=rows.matrix(variables), low_C=low_C, high_C=high_C, most_V=most_V, whole_V=whole_V
+        cost_V=cost_V,
+        rows=rows.matrix(variables),
+        low_C=low_C,
+        high_C=high_C,
+        most_V=most_V,
+        low_V=np.zeros(variables),
+        whole_V=whole_V,
     )
 
 
-def _assignment(rows: _Rows, fixed: Fixed, share_AEG: Ints) -> None:
+def _assignment(rows: Rows, fixed: Fixed, share_AEG: Ints) -> None:
     """Shares sum to 1 and need a holder; slots; every expert somewhere."""
     sources, experts, devices = share_AEG.shape
     pairs = sources * experts
@@ -104,7 +151,7 @@ def _assignment(rows: _Rows, fixed: Fixed, share_AEG: Ints) -> None:
     rows.add(expert, expert * devices + device, 1.0, np.ones(experts), np.full(experts, np.inf))
 
 
-def _at_most(rows: _Rows, row: Ints, column: Ints, load: Floats, top: int, count: int) -> None:
+def _at_most(rows: Rows, row: Ints, column: Ints, load: Floats, top: int, count: int) -> None:
     """Sum of load x variable <= top, for rows 0..count-1."""
     rows.add(
         np.concatenate([row, np.arange(count)]),
@@ -115,7 +162,7 @@ def _at_most(rows: _Rows, row: Ints, column: Ints, load: Floats, top: int, count
     )
 
 
-def _link_rows(rows: _Rows, fixed: Fixed, share_AEG: Ints, t_link: int) -> None:
+def _link_rows(rows: Rows, fixed: Fixed, share_AEG: Ints, t_link: int) -> None:
     """Links that carry every copy; those above hosts come with the sets where tokens travel once."""
     source, device, place = np.nonzero((fixed.route_AGR >= 0) & (fixed.part_AGR == 1.0))
     link, experts = fixed.route_AGR[source, device, place], fixed.token_AE.shape[1]
@@ -128,7 +175,7 @@ def _link_rows(rows: _Rows, fixed: Fixed, share_AEG: Ints, t_link: int) -> None:
     _at_most(rows, row_X, share_AEG[source, :, device].ravel(), load_X, t_link, len(plain))
 
 
-def _holding_rows(rows: _Rows, fixed: Fixed, t_sync: int, t_move: int) -> None:
+def _holding_rows(rows: Rows, fixed: Fixed, t_sync: int, t_move: int) -> None:
     """Gradients between a replica and its home; copies of new replicas."""
     experts, devices = fixed.nearest_EG.shape
     links = len(fixed.link_cost_L)
@@ -143,14 +190,24 @@ def _holding_rows(rows: _Rows, fixed: Fixed, t_sync: int, t_move: int) -> None:
             _at_most(rows, link, holder[number], cost_L[link], top, links)
 
 
-def _set_rows(rows: _Rows, fixed: Fixed, share_AEG: Ints, t_link: int, first: int) -> int:
-    """Tokens that cross once per host; returns the number of variables."""
+def set_columns(fixed: Fixed) -> tuple[Ints, Ints, Ints, Ints]:
+    """Variables of token sets: copy_TH, served_XH; and the set and the expert of every X."""
+    sources, devices, _ = fixed.route_AGR.shape
+    first = fixed.token_AE.shape[1] * devices * (1 + sources) + 4
     hosts = len(fixed.upper_HHR)
     kind_X, place_X = np.nonzero(fixed.type_expert_TK >= 0)
     expert_X = fixed.type_expert_TK[kind_X, place_X]
     kinds, pairs = len(fixed.type_token_T), len(kind_X)
     copy_TH = first + np.arange(kinds * hosts).reshape(kinds, hosts)
     served_XH = copy_TH.size + first + np.arange(pairs * hosts).reshape(pairs, hosts)
+    return copy_TH, served_XH, kind_X, expert_X
+
+
+def _set_rows(rows: Rows, fixed: Fixed, share_AEG: Ints, t_link: int) -> int:
+    """Tokens that cross once per host; returns how many variables that adds."""
+    hosts = len(fixed.upper_HHR)
+    copy_TH, served_XH, kind_X, expert_X = set_columns(fixed)
+    kinds, pairs = copy_TH.shape[0], len(kind_X)
     host_T = np.zeros(kinds, np.int64)
     for expert in range(len(fixed.type_start_EH)):
         for host in range(hosts):
@@ -183,4 +240,4 @@ def _set_rows(rows: _Rows, fixed: Fixed, share_AEG: Ints, t_link: int, first: in
         np.zeros(len(seen) * hosts),
         np.zeros(len(seen) * hosts),
     )
-    return first + copy_TH.size + served_XH.size
+    return copy_TH.size + served_XH.size

@@ -163,7 +163,7 @@ def _report(layer: Layer, error: float, effort: float, prove_s: float, placed: b
     before = split(layer, layer.held_EG)
     bound_s, proven = dual_bound(layer, answer.state), False
     if prove_s > 0:
-        bound_s = max(bound_s, relaxed_bound(layer, prove_s))
+        bound_s = max(bound_s, relaxed_bound(layer, prove_s, time.total_s))
     if prove_s >= 1 and layer.token_SE.size <= 256:
         found = exact(layer, prove_s)
         bound_s, proven = max(bound_s, found.bound_s), found.proven

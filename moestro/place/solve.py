@@ -22,7 +22,7 @@ DOUBLINGS = 4
 """Norms with p = 16 while searching."""
 FINE_DOUBLINGS = 6
 """p = 64 for the last split."""
-WORK = 25_000.0
+WORK = 21_000.0
 """Microseconds of search on one core of the machine in docs/placement.md."""
 POLISH = 0.3
 """Share of the moves for the last search."""

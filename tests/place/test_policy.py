@@ -13,9 +13,9 @@ SURE = {"life": 100.0, "error": 0.0}
 
 
 def test_a_plan_moves_when_it_pays_back_with_margin() -> None:
-    assert decide(now_s=1.0, planned_s=0.9, move_s=6.0, **SURE).move
-    assert decide(now_s=1.0, planned_s=0.9, move_s=8.0, **SURE).reason is Reason.COSTS
-    assert decide(now_s=1.0, planned_s=0.9, move_s=8.0, margin=1.0, **SURE).move
+    assert decide(now_s=1.0, planned_s=0.9, move_s=3.0, **SURE).move
+    assert decide(now_s=1.0, planned_s=0.9, move_s=4.0, **SURE).reason is Reason.COSTS
+    assert decide(now_s=1.0, planned_s=0.9, move_s=4.0, margin=1.0, **SURE).move
 
 
 def test_no_gain_or_an_unsure_one_moves_nothing() -> None:

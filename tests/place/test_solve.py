@@ -65,6 +65,14 @@ def test_bounds_stay_below_the_optimum(case: Layer) -> None:
         assert 0 < bound <= optimum * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("case", TINY)
+def test_boxes_close_the_gap_of_tiny_layers(case: Layer) -> None:
+    optimum = exact(case, 20).step_s
+    found = relaxed_bound(case, 5, known_s=1.05 * optimum)
+    assert relaxed_bound(case) <= found * (1 + 1e-6)
+    assert 0.995 * optimum <= found <= optimum * (1 + 2e-4)  # HiGHS stops at a gap of 1e-4
+
+
 def test_an_answer_is_the_same_every_time() -> None:
     case = layer(park(2, 4), skewed(8, 16), 3)
     first, second = solve(case, effort=0.2), solve(case, effort=0.2)
@@ -125,6 +133,8 @@ def test_merged_copies_are_bounded_and_solved() -> None:
     answer = solve(case)
     assert dual_bound(case, answer.state) <= best.step_s * (1 + 1e-6)
     assert relaxed_bound(case) <= best.step_s * (1 + 1e-6)
+    boxed_s = relaxed_bound(case, 5, known_s=1.05 * best.step_s)
+    assert relaxed_bound(case) + 0.5 * (best.step_s - relaxed_bound(case)) < boxed_s <= best.step_s * (1 + 2e-4)
     assert best.step_s <= answer.time.total_s * (1 + 1e-6)
     assert answer.time.total_s <= 1.08 * best.step_s
 
