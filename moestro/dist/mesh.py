@@ -159,8 +159,10 @@ def alone(name: str) -> Axis:
 class Mesh:
     """This rank's axes."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, timeout_s: float = 0.0) -> None:
+        """`timeout_s`: how long ranks wait for each other, in every group; 0: as long as torch's default."""
         self.layout, self.device = layout, device
+        self.timeout = timedelta(seconds=timeout_s) if timeout_s else None
         self.rank = dist.get_rank()
         made: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(layout.world)): dist.group.WORLD}
         self._axes = {axis: self._axis(axis, made) for axis in AXES}
@@ -170,7 +172,7 @@ class Mesh:
         own: Axis | None = None
         for ranks in map(tuple, self.layout.groups(name)):
             if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(list(ranks))
+                made[ranks] = dist.new_group(list(ranks), timeout=self.timeout)
             if self.rank in ranks:
                 own = Axis(name, ranks, ranks.index(self.rank), made[ranks] if len(ranks) > 1 else None)
         assert own is not None

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
@@ -76,6 +77,9 @@ def _data_mesh(mesh: Mesh, shape: tuple[int, int, int, int], together: bool) -> 
     """The ranks of one stage and one place in tp or ep: copies x shards, or shards alone where copies learn apart."""
     ranks = torch.arange(mesh.layout.world).view(shape)
     whole = DeviceMesh(mesh.device.type, ranks, mesh_dim_names=("pp", "replicate", "shard", "other"))
+    if mesh.timeout:
+        for group in whole.get_all_groups():
+            _set_pg_timeout(mesh.timeout, group)
     return whole["replicate", "shard"] if mesh.layout.dp_replicate > 1 and together else whole["shard"]
 
 

@@ -125,7 +125,11 @@ class Ranks:
     """One of several ranks."""
 
     def __init__(self, layout: Layout, device: torch.device, recipe: Recipe) -> None:
-        self.mesh, self.spec, self.length = Mesh(layout, device), recipe.dist, recipe.train.length
+        self.mesh, self.spec, self.length = (
+            Mesh(layout, device, recipe.dist.timeout_s),
+            recipe.dist,
+            recipe.train.length,
+        )
         self.recipe = recipe
         self.balance: Balance | None = None
         self.exchanges: ExchangeFacts | None = None

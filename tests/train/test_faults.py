@@ -26,18 +26,21 @@ kills = load_benchmark("rank_kills")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "rank", "message"),
+    ("mesh", "number", "rank", "message"),
     [
-        (signal.SIGKILL, 2, "rank 2 was lost"),
-        (signal.SIGSTOP, 2, "rank 2 was lost: no sign of life"),
-        (signal.SIGSTOP, 0, "rank 0 was lost: the ranks' common store"),
+        ("ep", signal.SIGKILL, 2, "rank 2 was lost"),
+        ("ep", signal.SIGSTOP, 2, "rank 2 was lost: no sign of life"),
+        ("ep", signal.SIGSTOP, 0, "rank 0 was lost: the ranks' common store"),
+        ("tp", signal.SIGSTOP, 1, "rank 1 was lost: no sign of life"),
+        ("zero", signal.SIGSTOP, 1, "rank 1 was lost: no sign of life"),
+        ("pp", signal.SIGSTOP, 3, "rank 3 was lost: no sign of life"),
     ],
-    ids=["killed", "stopped", "the store's holder stopped"],
+    ids=["killed", "stopped", "the store's holder stopped", "in tp", "in zero", "in pp"],
 )
-def test_a_lost_rank_is_named(tmp_path: Path, number: signal.Signals, rank: int, message: str) -> None:
+def test_a_lost_rank_is_named(tmp_path: Path, mesh: str, number: signal.Signals, rank: int, message: str) -> None:
     kills.write_corpus(tmp_path / "corpus")
-    (tmp_path / "ep").mkdir()
-    run, process = kills.Trial(tmp_path / "ep", "ep", kills=5000, seed=0).begin("run")
+    (tmp_path / mesh).mkdir()
+    run, process = kills.Trial(tmp_path / mesh, mesh, kills=5000, seed=0).begin("run")
     kills.wait_for(process, lambda: kills.steps_done(run) > 3)
     begun_s = time.monotonic()
     os.kill(kills.rank_processes(process.pid)[rank], number)
