@@ -42,7 +42,7 @@ def unsent(steps: int) -> tuple[list[list[float]], list[float]]:
     mesh = Mesh(Layout(dp_replicate=COPIES), torch.device("cpu"))
     weight, axis = nn.Parameter(torch.zeros(2)), mesh["dp_replicate"]
     spec = DistSpec(dp_replicate=COPIES, sync="local", sync_every=1, compression="topk", density=0.5)
-    synchroniser = make_synchroniser({"w": weight}, axis, spec)
+    synchroniser = make_synchroniser({"w": weight}, {"w": whole(weight)}, axis, spec)
     assert synchroniser is not None
     seen = []
     for step in range(1, steps + 1):
