@@ -166,9 +166,8 @@ def layer_of(lab: Lab, token_SE: NDArray[np.float64]) -> Layer:
     )
 
 
-def placements(lab: Lab, count_LSE: NDArray[np.float64]) -> dict[str, list[Placement]]:
+def placements(layers: list[Layer]) -> dict[str, list[Placement]]:
     """From counted loads, for every layer."""
-    layers = [layer_of(lab, token_SE) for token_SE in count_LSE]
     return {
         "EPLB": [eplb_placement(layer) for layer in layers],
         "host spread": [near_placement(layer, spread_start(layer)) for layer in layers],
@@ -177,6 +176,11 @@ def placements(lab: Lab, count_LSE: NDArray[np.float64]) -> dict[str, list[Place
             for layer in layers
         ],
     }
+
+
+def predicted_s(layers: list[Layer], plans: list[Placement]) -> float:
+    """What the cost model makes of all layers."""
+    return sum(step_time(layer, plan).total_s for layer, plan in zip(layers, plans, strict=True))
 
 
 def summary(name: str, found: Row, last: int) -> Row:
@@ -195,16 +199,13 @@ def uneven(args: argparse.Namespace, folder: str) -> list[Row]:
         steps = args.steps + WARM_UP
         first = run(lab, steps, {}, folder)
         rows = [summary("in a row", first, args.steps)]
-        for name, plans in placements(lab, first["count_LSE"]).items():
+        layers = [layer_of(lab, token_SE) for token_SE in first["count_LSE"]]
+        rows[0]["predicted_s"] = predicted_s(layers, [even_split(layer.held_EG) for layer in layers])
+        for name, plans in placements(layers).items():
             file = Path(folder, f"{name.replace(' ', '-')}.toml")
             save_placements(file, plans)
             rows.append(summary(name, run(lab, steps, {"placement": str(file)}, folder), args.steps))
-            layers = [layer_of(lab, token_SE) for token_SE in first["count_LSE"]]
-            rows[-1]["predicted_s"] = sum(step_time(one, plan).total_s for one, plan in zip(layers, plans, strict=True))
-        in_row = [even_split(layer_of(lab, token_SE).held_EG) for token_SE in first["count_LSE"]]
-        rows[0]["predicted_s"] = sum(
-            step_time(layer_of(lab, t), p).total_s for t, p in zip(first["count_LSE"], in_row, strict=True)
-        )
+            rows[-1]["predicted_s"] = predicted_s(layers, plans)
         live = {"enabled": True, "slots": SLOTS, "interval": 6}
         found = run(lab, 2 * args.live, live, folder, cut_at=args.live)
         before = {**found, "step_s": found["step_s"][: args.live - 1]}
@@ -213,13 +214,11 @@ def uneven(args: argparse.Namespace, folder: str) -> list[Row]:
         rows.append({**summary("live, after the cut", found, args.steps), "right_after_s": float(np.median(after))})
         rows[-1]["steps_s"] = [round(s, 3) for s in found["step_s"]]
         rows[-1]["news"] = found["news"]
-        plans = placements(lab, first["count_LSE"])["long search"]
-        save_placements(Path(folder, "cut.toml"), plans)
         lab.rate(CUT_HOST, CUT_MBIT)
         rows.append(
             summary(
                 "long search for before the cut",
-                run(lab, steps, {"placement": f"{folder}/cut.toml"}, folder),
+                run(lab, steps, {"placement": f"{folder}/long-search.toml"}, folder),
                 args.steps,
             )
         )

@@ -69,7 +69,8 @@ class _Group:
     @classmethod
     def of(cls, members: list[nn.Parameter], compressor: Compressor) -> "_Group":
         """From here on."""
-        return cls(members, compressor, _flat(members), torch.zeros_like(_flat(members)))
+        anchor = _flat(members)
+        return cls(members, compressor, anchor, torch.zeros_like(anchor))
 
 
 class Periodic:
@@ -171,7 +172,7 @@ class BoundedStaleness:
         """Apply our share of our update, send it, and take in what has to be here by now."""
         own = (_flat(self.members) - self.before) / self.axis.size
         self.under_way.append((own, self.axis.begin_sum(own)))
-        self._sent += 2 * (self.axis.size - 1) / self.axis.size * own.numel() * own.element_size()
+        self._sent += ring_bytes(own.numel() * own.element_size(), self.axis.size)
         _fill(self.members, self.before + own)
         self._take(self.staleness)
 

@@ -125,12 +125,8 @@ class Ranks:
     """One of several ranks."""
 
     def __init__(self, layout: Layout, device: torch.device, recipe: Recipe) -> None:
-        self.mesh, self.spec, self.length = (
-            Mesh(layout, device, recipe.dist.timeout_s),
-            recipe.dist,
-            recipe.train.length,
-        )
-        self.recipe = recipe
+        self.mesh = Mesh(layout, device, recipe.dist.timeout_s)
+        self.recipe, self.spec, self.length = recipe, recipe.dist, recipe.train.length
         self.balance: Balance | None = None
         self.exchanges: ExchangeFacts | None = None
         self.sharded: list[FSDPModule] = []
