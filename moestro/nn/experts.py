@@ -16,11 +16,13 @@ Dimension key:  T tokens, or rows that came from other ranks   K slots of each  
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moestro.core.specs import MoESpec
 from moestro.nn.kernels.fused_experts import fused_experts
@@ -60,6 +62,12 @@ def takes_grouped(x_NI: Tensor, *widths: int) -> bool:
     return x_NI.dtype != torch.float64 and x_NI.dtype.is_floating_point and all(w * size % 16 == 0 for w in widths)
 
 
+def keeping_inputs(apply: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """apply(*inputs), done again in the backward pass; nothing in it is drawn at random."""
+    y_TD: Tensor = checkpoint(apply, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return y_TD
+
+
 class Experts(nn.Module):
     """Experts with weights of their own."""
 
@@ -67,6 +75,8 @@ class Experts(nn.Module):
         super().__init__()
         num, hidden = spec.num_experts, spec.expert_width
         self.num_experts, self.width, self.hidden = num, width, hidden
+        self.recompute = False
+        """Keep nothing but the input for the backward pass."""
         self.gate_up_EDF = nn.Parameter(torch.empty(num, width, 2 * hidden))
         self.down_EFD = nn.Parameter(torch.empty(num, hidden, width))
 
@@ -78,13 +88,20 @@ class Experts(nn.Module):
         order      the rows' slots grouped by expert, counted from the first expert here
         returns    y_TD in x's type; a row without experts gets zeros
         """
-        if path == "fused":
-            return fused_experts(x_TD, weight_TK, order, self.gate_up_EDF, self.down_EFD)
         if path in TILED:
             from moestro.nn.kernels.gpu.experts import triton_experts
 
             assert order.tiles is not None
-            return triton_experts(x_TD, weight_TK, order.tiles, self.gate_up_EDF, self.down_EFD, eight=path == "fp8")
+            weights, keep = (self.gate_up_EDF, self.down_EFD), "input" if self.recompute else "product"
+            return triton_experts(x_TD, weight_TK, order.tiles, *weights, keep, eight=path == "fp8")
+        if self.recompute and torch.is_grad_enabled():
+            return keeping_inputs(self.apply_tokens, x_TD, weight_TK, order, path)
+        return self.apply_tokens(x_TD, weight_TK, order, path)
+
+    def apply_tokens(self, x_TD: Tensor, weight_TK: Tensor, order: Order, path: Path) -> Tensor:
+        """`forward` by torch or on the CPU."""
+        if path == "fused":
+            return fused_experts(x_TD, weight_TK, order, self.gate_up_EDF, self.down_EFD)
         weight_N = row_weights(weight_TK, order)
         return combine_rows(self.apply_rows(gather_rows(x_TD, order), weight_N, order.count_E, path), order)
 
@@ -108,6 +125,8 @@ class LowRankExperts(nn.Module):
         super().__init__()
         num, hidden, rank = spec.num_experts, spec.expert_width, spec.sharing_rank
         self.num_experts, self.width, self.hidden = num, width, hidden
+        self.recompute = False
+        """As `Experts.recompute`."""
         self.gate_up_DF = nn.Parameter(torch.empty(width, 2 * hidden))
         self.gate_up_a_EDR = nn.Parameter(torch.empty(num, width, rank))
         self.gate_up_b_ERF = nn.Parameter(torch.empty(num, rank, 2 * hidden))
@@ -117,6 +136,12 @@ class LowRankExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, order: Order, path: Path = "loop") -> Tensor:
         """As `Experts.forward`."""
+        if self.recompute and torch.is_grad_enabled():
+            return keeping_inputs(self.apply_tokens, x_TD, weight_TK, order, path)
+        return self.apply_tokens(x_TD, weight_TK, order, path)
+
+    def apply_tokens(self, x_TD: Tensor, weight_TK: Tensor, order: Order, path: Path) -> Tensor:
+        """As `Experts.apply_tokens`."""
         weight_N = row_weights(weight_TK, order)
         return combine_rows(self.apply_rows(gather_rows(x_TD, order), weight_N, order.count_E, path), order)
 

@@ -44,7 +44,7 @@ def plan_table(question: Question, layout: Layout, source: Table, tokens: float 
         train["steps"] = math.ceil(tokens / (question.sequences * question.length))
     train |= {"length": question.length, "sequences": question.sequences, "precision": question.precision}
     train["micro_batches"] = max(round(float(layout.micro_batches)), 1)
-    train["recompute"] = bool(recompute_text(layout))
+    train["recompute"] = "all" if recompute_text(layout) else "none"
     return {**table, "train": train, "dist": {**table.get("dist", {}), **dist_table(question, layout)}}
 
 

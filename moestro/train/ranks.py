@@ -114,10 +114,10 @@ def check_pipeline(recipe: Recipe, layout: Layout, rows: int) -> None:
             f"train.micro_batches is {recipe.train.micro_batches}; for dist.schedule {recipe.dist.schedule} it must be "
             f"a multiple of dist.pp = {layout.pp}"
         )
-    if train.recompute and recipe.model.moe and recipe.model.moe.router.aux_scope == "global":
+    if train.recompute == "all" and recipe.model.moe and recipe.model.moe.router.aux_scope == "global":
         raise ConfigError(
-            f"train.recompute is true with dist.pp {layout.pp} and model.moe.router.aux_scope global: a block that is "
-            "computed again later in the pipeline would see other loads; set train.recompute=false or aux_scope=batch"
+            f"train.recompute is all with dist.pp {layout.pp} and model.moe.router.aux_scope global: a block that is "
+            "computed again later in the pipeline would see other loads; set train.recompute=none or aux_scope=batch"
         )
 
 

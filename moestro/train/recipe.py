@@ -101,8 +101,9 @@ class TrainSpec:
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """auto: bf16 matrix products where the machine has them, else fp32; weights and moments are always fp32. fp8: bf16,
     and experts' products in 8 bits on GPUs where that is measured to be faster."""
-    recompute: bool = False
-    """Do activations again in the backward pass instead of keeping them."""
+    recompute: Literal["none", "experts", "all"] = "none"
+    """What the backward pass does again instead of keeping it: nothing; experts' products, of which only the input is
+    kept; or all of every block."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 leaves it to torch."""

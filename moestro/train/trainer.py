@@ -77,9 +77,10 @@ class Trainer:
         self.dtype = pick_dtype(train.precision, self.device)
         torch.manual_seed(recipe.seed)
         self.model = Decoder(sized(recipe.model, data.tokenizer.vocab_size)).initialise().to(self.device)
-        self.model.recompute = train.recompute
+        self.model.recompute = train.recompute == "all"
         for module in self.model.modules():
             if isinstance(module, MoE):
+                module.experts.recompute = train.recompute == "experts"
                 module.fp8 = train.precision == "fp8"
         if train.init:
             folder = checkpoint.find_checkpoint(Path(train.init))

@@ -139,13 +139,16 @@ def test_not_a_number_stays_with_its_expert() -> None:
 @pytest.mark.slow
 def test_the_product_need_not_be_kept() -> None:
     num_experts, expert_TK = LOADS["one or two experts"]
-    experts, (x, weight, expert, d_y) = drawn(num_experts), draw_case(20, expert_TK)
-    grads = []
-    for keep in ("product", "input"):
-        x = x.detach().requires_grad_()
-        y = triton_experts(x, weight, sort_tiles(expert, num_experts), experts.gate_up_EDF, experts.down_EFD, keep)
-        grads.append(torch.autograd.grad(y, [x, experts.gate_up_EDF, experts.down_EFD], d_y))
-    for kept, again in zip(*grads, strict=True):
+    experts, case = drawn(num_experts), draw_case(20, expert_TK)
+    results, saved = [], []
+    for experts.recompute in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            results.append(value_and_gradients(experts, *case, "triton"))
+        saved.append(-1)
+    product = 20 * 2 * 2 * experts.hidden
+    assert product in saved[: saved.index(-1)]
+    assert product not in saved[saved.index(-1) :]
+    for kept, again in zip(*results, strict=True):
         assert torch.equal(kept, again)
 
 

@@ -71,6 +71,25 @@ def test_paths_equal_the_loop_over_tokens(path: Path, load: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_recomputing_experts_keep_their_input_alone(path: Path) -> None:
+    made, choice = layer(path), Choice(LOADS["even"], torch.rand(20, 2))
+    x_TD = torch.randn(20, D, requires_grad=True)
+    kept: list[list[int]] = []
+    for made.experts.recompute in (False, True):
+        kept.append([])
+
+        def note(saved: Tensor) -> Tensor:
+            if saved.dim() == 2 and len(saved) == 40:  # a row for every slot
+                kept[-1].append(saved.shape[1])
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            made.dispatcher(x_TD, choice, made.experts, path)
+    assert {WIDE, 2 * WIDE} & set(kept[0])
+    assert kept[1] == []
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_bfloat16_activations_with_float32_weights_stay_close(path: Path) -> None:
     exact, rounded = layer("loop"), layer(path)
     x_BSD = torch.randn(2, 32, D)

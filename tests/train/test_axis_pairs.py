@@ -44,7 +44,7 @@ KINDS = {
         "ep": "dp_shard=2 ep=2",
         "hierarchical": "dp_shard=4 ep=4 dispatch=hierarchical ranks_per_node=2",
     },
-    "recompute": {"recompute": "recompute=true"},
+    "recompute": {"recompute": "recompute=all", "recompute experts": "recompute=experts"},
 }
 """Axes of one kind exclude each other."""
 AXES = {name: settings for kind in KINDS.values() for name, settings in kind.items()}
@@ -62,7 +62,7 @@ def recipe_settings(*axes: str) -> tuple[int, list[str]]:
     more = max(4 // math.prod(sizes.values()), 1)
     copies = sizes["dp_replicate"] * more
     parts = copies * sizes["dp_shard"]
-    recompute = keys.pop("recompute", "false")
+    recompute = keys.pop("recompute", "none")
     settings = [f"dist.{key}={value}" for key, value in (keys | {"dp_replicate": str(copies)}).items()]
     pipeline = [f"train.sequences={4 * parts}", "train.micro_batches=4", "model.num_layers=4"]
     plain = [f"train.sequences={2 * parts + 2}", "train.micro_batches=2"]  # one part of the batch has two rows
@@ -236,7 +236,7 @@ def test_every_axis_alone_learns_what_one_rank_learns(make_recipe: MakeRecipe, a
         slow("dist.tp=2", "dist.ep=4", "dist.zero=3", "model.attention.qk_norm=head"),
         ("dist.tp=2", "dist.ep=2", "dist.expert_tp=true", "model.moe.shared_width=8"),
         slow("dist.tp=2", "dist.dp_replicate=2", "model.dense_layers=[0]", "model.dense_width=24"),
-        slow("dist.tp=2", "dist.zero=1", "dist.expert_tp=true", "model.attention.bias=true", "train.recompute=true"),
+        slow("dist.tp=2", "dist.zero=1", "dist.expert_tp=true", "model.attention.bias=true", "train.recompute=all"),
         (
             "dist.tp=2",
             "model.attention.kind=mla",
@@ -298,7 +298,7 @@ def test_low_rank_experts_share_their_base_over_all_ranks(make_recipe: MakeRecip
         ("dist.shares=3:0:1:0", "dist.zero=3", "dist.dp_replicate=2", "dist.ep=2"),
         slow("dist.shares=0:0:1:0", "dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2"),
         slow("dist.shares=0:1", "dist.tp=2", "dist.ep=2", "model.moe.router.aux_scope=sequence"),
-        slow("dist.shares=1:0:3:1", "dist.ep=2", "model.moe.router.rule=expert_choice", "train.recompute=true"),
+        slow("dist.shares=1:0:3:1", "dist.ep=2", "model.moe.router.rule=expert_choice", "train.recompute=all"),
         slow("dist.shares=0:1:3:1", "dist.zero=1", "dist.ep=4", "model.moe.router.selection_bias=quantile"),
         slow(
             "dist.shares=0:1:1:0",
@@ -317,7 +317,7 @@ def test_uneven_shares_of_the_batch_change_nothing(make_recipe: MakeRecipe, sett
 @pytest.mark.parametrize(
     "settings",
     [
-        ("dist.chunks=3", "dist.ep=2", "dist.zero=3", "train.recompute=true"),
+        ("dist.chunks=3", "dist.ep=2", "dist.zero=3", "train.recompute=all"),
         slow("dist.chunks=2", "dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2"),
         slow("dist.chunks=2", "dist.ep=2", "dist.tp=2", "dist.zero=1", "train.micro_batches=2"),
         slow("dist.chunks=2", "dist.ep=2", "dist.pp=2", *PIPELINE),
@@ -333,8 +333,8 @@ def test_exchange_in_chunks_learns_what_one_rank_learns(make_recipe: MakeRecipe,
     ("settings", "message"),
     [
         (
-            "dist.pp=2 train.micro_batches=2 train.recompute=true model.moe.router.aux_scope=global",
-            "recompute is true with dist.pp 2",
+            "dist.pp=2 train.micro_batches=2 train.recompute=all model.moe.router.aux_scope=global",
+            "recompute is all with dist.pp 2",
         ),
         ("dist.pp=4 train.micro_batches=2", "micro_batches is 2; it must be at least dist.pp = 4"),
         ("dist.pp=2 train.micro_batches=2 train.sequences=6", "micro_batches is 3; with dist.pp it must be a multiple"),

@@ -38,7 +38,7 @@ def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
 
 VARIANTS = {
     "gap": [],
-    "gshard draws at random": ["model.moe.router.rule=gshard", "train.micro_batches=2", "train.recompute=true"],
+    "gshard draws at random": ["model.moe.router.rule=gshard", "train.micro_batches=2", "train.recompute=all"],
     "recurrent memory": ["model.attention.kind=transformer_xl", "model.attention.memory_length=40"],
     "biases and cut-offs": ["model.moe.router.rule=quantile", "model.moe.router.selection_bias=loss_free"],
 }

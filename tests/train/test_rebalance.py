@@ -131,7 +131,7 @@ FOUR: Holders = [{3: 1}, {0: 0.4, 2: 0.6}, {1: 1}, {0: 0.25, 1: 0.25, 2: 0.25, 3
         ((UNEVEN, PLAIN), ("dist.ep=2",)),
         ((FOUR, UNEVEN), ("dist.ep=4", "dist.dispatch=hierarchical", "dist.ranks_per_node=2")),
         pytest.param((UNEVEN, UNEVEN), ("dist.dp_replicate=2", "dist.ep=2"), marks=pytest.mark.slow),
-        pytest.param((UNEVEN, UNEVEN), ("dist.tp=2", "dist.ep=2", "train.recompute=true"), marks=pytest.mark.slow),
+        pytest.param((UNEVEN, UNEVEN), ("dist.tp=2", "dist.ep=2", "train.recompute=all"), marks=pytest.mark.slow),
         pytest.param(
             (THREE, THREE), ("dist.ep=3", "train.micro_batches=2", "train.sequences=6"), marks=pytest.mark.slow
         ),

@@ -74,8 +74,12 @@ def test_a_step_that_is_not_finite_changes_nothing(make_trainer: MakeTrainer, po
     assert trainer.run_step().applied  # and it can go on
 
 
-def test_recomputation_gives_the_same_weights(make_trainer: MakeTrainer) -> None:
-    plain, again = make_trainer(), make_trainer("train.recompute=true")
+@pytest.mark.parametrize(
+    "settings", [["all"], ["experts"], ["experts", "model.moe.sharing=low_rank", "model.moe.sharing_rank=2"]]
+)
+def test_recomputation_gives_the_same_weights(make_trainer: MakeTrainer, settings: list[str]) -> None:
+    what, *model = settings
+    plain, again = make_trainer(*model), make_trainer(f"train.recompute={what}", *model)
     for trainer in (plain, again):
         for _ in range(3):
             trainer.run_step()
