@@ -99,7 +99,7 @@ def tiny(tmp_path: Path) -> tuple[str, ...]:
 
 LAYOUTS = (
     ("schedule=interleaved", "pp=2", "virtual=2", "ep=2"),
-    ("schedule=zero_bubble", "pp=2", "micro_batch=2"),
+    ("schedule=zero_bubble", "pp=2", "micro_batch=2", "zero=1"),
     ("schedule=1f1b", "pp=4", "micro_batch=4", "recompute=full"),
     ("tp=2", "etp=2", "zero=3"),
     ("tp=2", "ep=4", "etp=1", "zero=1", "micro_batch=4"),
