@@ -38,11 +38,6 @@ def above_zero(a: Number, softness: Number) -> Number:
     return 0.5 * (a + np.sqrt(a * a + softness * softness))
 
 
-def number_fields(spec_type: type) -> list[str]:
-    """Names of a dataclass's fields that may be columns."""
-    return [field.name for field in dataclasses.fields(spec_type) if field.type is not str]
-
-
 def stacked(specs: Sequence[Spec]) -> Spec:
     """One spec with a column per number; text fields are joined by their common value or left empty."""
     first = specs[0]

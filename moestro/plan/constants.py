@@ -235,8 +235,3 @@ def prior_spreads() -> Array:
 def from_logs(log_P: Array) -> Constants:
     """Constants from a vector of logarithms; further axes become columns."""
     return Constants(**{name: np.exp(log_P[place]) for place, name in enumerate(NAMES)})
-
-
-def logs_of(constants: Constants) -> Array:
-    """The inverse of `from_logs`."""
-    return np.log(np.array([getattr(constants, name) for name in NAMES]))

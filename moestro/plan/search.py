@@ -60,8 +60,8 @@ CHUNK = 16384
 """Layouts evaluated at a time: columns stay in the processor's cache."""
 MOST_TENSOR = 64
 TRAINER_LIMITS = (
-    "the trainer has 1f1b, interleaved and zero_bubble, zero 2 and 3 only without a pipeline, recomputes all or nothing, "
-    "no cp"
+    "the trainer has 1f1b, interleaved and zero_bubble, zero 2 and 3 only without a pipeline, recomputes all or "
+    "nothing, no cp"
 )
 
 
