@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from moestro.core.errors import Error, RankLostError
+from moestro.core.errors import STOPPED, Error, RankLostError
 from moestro.core.units import duration_text
 
 if TYPE_CHECKING:  # torch is imported by the command that needs it
@@ -19,10 +19,6 @@ if TYPE_CHECKING:  # torch is imported by the command that needs it
     from moestro.train.recipe import Recipe
 
     Work = Callable[[Watcher, Stop, Engine], Outcome]
-
-STOPPED = 130
-"""Exit status after Ctrl-C, as shells have it."""
-
 
 LOST = 75
 """Exit status of a rank that has lost another: the launcher may start all again."""

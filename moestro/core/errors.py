@@ -28,6 +28,9 @@
   - PlacementError       experts cannot be placed as asked
 """
 
+STOPPED = 130
+"""Exit status of what was asked to stop before its end, as shells have it."""
+
 
 class Error(Exception):
     """Base of everything this package raises on purpose; the commands print these in one line."""

@@ -12,20 +12,25 @@ import uuid
 from collections.abc import Callable
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from moestro.core.errors import TrainingError
+from moestro.core.errors import STOPPED, TrainingError
 
 STOP_WITHIN_S = 10
-"""Seconds that the other ranks have to end after one was lost, before they are killed."""
+"""Seconds that ranks have to end after a signal, or after one of them was lost, before they are killed."""
 
 
 def launch(work: Callable[[], int], ranks: int, restarts: int) -> int:
-    """Run `work` on forked ranks; raises TrainingError where one is lost once more than `restarts` times."""
+    """Run `work` on forked ranks; raises TrainingError where one is lost once more than `restarts` times.
+
+    SIGTERM and SIGINT go to all ranks, which have STOP_WITHIN_S to save and end; the status is STOPPED then.
+    """
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else replaced ranks cannot join, docs/LOG.md
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what it has to say, we say
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -39,6 +44,8 @@ def launch(work: Callable[[], int], ranks: int, restarts: int) -> int:
     )
     try:
         statuses: dict[int, int] = elastic_launch(config, work)()
+    except SignalException:
+        return STOPPED
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise TrainingError(
