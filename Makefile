@@ -25,7 +25,7 @@ demo-distributed: env
 	$(BIN)/python scripts/same_curve.py $(OUT)/ranks $(OUT)/one
 
 test: env
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow"
 
 test-all: env
 	$(BIN)/python -m pytest

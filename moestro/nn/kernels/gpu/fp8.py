@@ -18,6 +18,7 @@ from moestro.nn.kernels.gpu.products import (
     load_columns,
     load_slice,
     place_of,
+    rows_of,
     store_act,
     tile_of,
 )
@@ -81,10 +82,7 @@ def gate_up_act_fp8(
     if tl.program_id(0) >= num_tiles * (HIDDEN // BLOCK):
         return
     tile, part = tile_of(tl.program_id(0), num_tiles, HIDDEN // BLOCK, GROUP)
-    expert = tl.load(tile_ptr + tile)
-    first_row = tl.load(tile_ptr + most_tiles + tile)
-    row = first_row + tl.arange(0, ROWS)
-    live = row < tl.load(offset_ptr + expert + 1)
+    expert, first_row, row, live = rows_of(tile, offset_ptr, tile_ptr, most_tiles, ROWS)
     source = tl.load(source_ptr + row, mask=live, other=0)
     token = (source // slots).to(tl.int64)
     gate = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
@@ -113,10 +111,7 @@ def rows_product_fp8(
     if tl.program_id(0) >= num_tiles * (OUTSIDE // BLOCK):
         return
     tile, part = tile_of(tl.program_id(0), num_tiles, OUTSIDE // BLOCK, GROUP)
-    expert = tl.load(tile_ptr + tile)
-    first_row = tl.load(tile_ptr + most_tiles + tile)
-    row = first_row + tl.arange(0, ROWS)
-    live = row < tl.load(offset_ptr + expert + 1)
+    expert, first_row, row, live = rows_of(tile, offset_ptr, tile_ptr, most_tiles, ROWS)
     safe = tl.where(live, row, first_row).to(tl.int64)
     total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     scales = w_scale_ptr + (expert.to(tl.int64) * (OUTSIDE // BLOCK) + part) * (INSIDE // BLOCK)
@@ -141,10 +136,7 @@ def act_backward_fp8(
     if tl.program_id(0) >= num_tiles * (HIDDEN // BLOCK):
         return
     tile, part = tile_of(tl.program_id(0), num_tiles, HIDDEN // BLOCK, GROUP)
-    expert = tl.load(tile_ptr + tile)
-    first_row = tl.load(tile_ptr + most_tiles + tile)
-    row = first_row + tl.arange(0, ROWS)
-    live = row < tl.load(offset_ptr + expert + 1)
+    expert, first_row, row, live = rows_of(tile, offset_ptr, tile_ptr, most_tiles, ROWS)
     source = tl.load(source_ptr + row, mask=live, other=0)
     token = (source // slots).to(tl.int64)
     d_act = tl.zeros([ROWS, BLOCK], dtype=tl.float32)

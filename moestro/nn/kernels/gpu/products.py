@@ -29,6 +29,15 @@ def tile_of(program, num_tiles, num_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def rows_of(tile, offset_ptr, tile_ptr, most_tiles, ROWS: tl.constexpr):
+    """A tile's expert, its first row, its rows, and which of them are the expert's."""
+    expert = tl.load(tile_ptr + tile)
+    first_row = tl.load(tile_ptr + most_tiles + tile)
+    row = first_row + tl.arange(0, ROWS)
+    return expert, first_row, row, row < tl.load(offset_ptr + expert + 1)
+
+
+@triton.jit
 def dot(left, right, total, UPCAST: tl.constexpr):
     """total + left @ right; the interpreter's bfloat16 is wrong, so there both are made float32."""
     if UPCAST:
@@ -102,10 +111,7 @@ def gate_up_act(
     if tl.program_id(0) >= num_tiles * num_columns:
         return
     tile, part = tile_of(tl.program_id(0), num_tiles, num_columns, GROUP)
-    expert = tl.load(tile_ptr + tile)
-    first_row = tl.load(tile_ptr + most_tiles + tile)
-    row = first_row + tl.arange(0, ROWS)
-    live = row < tl.load(offset_ptr + expert + 1)
+    expert, first_row, row, live = rows_of(tile, offset_ptr, tile_ptr, most_tiles, ROWS)
     source = tl.load(source_ptr + row, mask=live, other=0)
     place = x_ptr + (source // slots)[:, None].to(tl.int64) * WIDTH
     gate = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
@@ -132,10 +138,7 @@ def rows_product(
     if tl.program_id(0) >= num_tiles * num_columns:
         return
     tile, part = tile_of(tl.program_id(0), num_tiles, num_columns, GROUP)
-    expert = tl.load(tile_ptr + tile)
-    first_row = tl.load(tile_ptr + most_tiles + tile)
-    row = first_row + tl.arange(0, ROWS)
-    live = row < tl.load(offset_ptr + expert + 1)
+    expert, first_row, row, live = rows_of(tile, offset_ptr, tile_ptr, most_tiles, ROWS)
     first = part * COLUMNS
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for inner in range(0, INSIDE, INNER):
@@ -222,10 +225,7 @@ def act_backward(
     if tl.program_id(0) >= num_tiles * num_columns:
         return
     tile, part = tile_of(tl.program_id(0), num_tiles, num_columns, GROUP)
-    expert = tl.load(tile_ptr + tile)
-    first_row = tl.load(tile_ptr + most_tiles + tile)
-    row = first_row + tl.arange(0, ROWS)
-    live = row < tl.load(offset_ptr + expert + 1)
+    expert, first_row, row, live = rows_of(tile, offset_ptr, tile_ptr, most_tiles, ROWS)
     source = tl.load(source_ptr + row, mask=live, other=0)
     place = d_y_ptr + (source // slots)[:, None].to(tl.int64) * WIDTH
     d_act = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
