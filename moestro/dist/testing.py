@@ -35,6 +35,7 @@ def run_on_ranks(
 ) -> list[Any]:
     """Call function(*args) on every rank of a fresh gloo group; returns what they returned, in order of ranks.
 
+    timeout_s   for all of it; a rank waits half of that for the others, 30 s at least
     enter   called with its rank by every rank before they meet: puts it into a network of its own
     """
     torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # imports, once for all ranks
@@ -43,7 +44,9 @@ def run_on_ranks(
         warnings.simplefilter("ignore", DeprecationWarning)  # Python >= 3.12 on forking beside threads
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         processes = [
-            context.Process(target=_rank, args=(rank, ranks, Path(folder), pipes[rank][1], enter, function, args))
+            context.Process(
+                target=_rank, args=(rank, ranks, Path(folder), pipes[rank][1], enter, function, args, timeout_s)
+            )
             for rank in range(ranks)
         ]
         for process in processes:
@@ -81,13 +84,14 @@ def _rank(
     enter: Callable[[int], None],
     function: Callable[..., Any],
     args: Any,
+    timeout_s: float,
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     error, result = "", None
     try:
         enter(rank)
-        meet, patience = f"file://{folder}/store", timedelta(seconds=30)
+        meet, patience = f"file://{folder}/store", timedelta(seconds=max(30.0, timeout_s / 2))
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks, timeout=patience)
         result = function(*args)
         dist.barrier()
