@@ -1,12 +1,13 @@
-"""Make real pairs of a model and its successor, for measuring updates: python benchmarks/update_pairs.py OUT [--small]
+"""Make real pairs of a model and its successor, for measuring updates: python benchmarks/update_pairs.py OUT [--small] [--text FILE]
 
     base   a mixture-of-experts decoder of ours, trained on the sources of the Python standard library
     full   all weights fine-tuned on a new task (AdamW, lr 1e-4)
     lora   a rank-16 LoRA on every matrix of attention and experts, trained on the new task (lr 1e-3), merged
     rl     a few small policy-gradient steps from the base (AdamW, lr 1e-6)
 
-Weights are trained in float32 from the bfloat16 base and stored in bfloat16, as practice has it. The new task is
-tinyshakespeare where ../shared has it, else other files of the library. facts.json says steps and held-out losses.
+Weights are trained in float32 from the bfloat16 base and stored in bfloat16, as practice has it. The new task is the
+text of FILE, or tinyshakespeare where ../shared has it, else other files of the library. facts.json says steps and
+held-out losses.
 """
 
 import argparse
@@ -47,12 +48,12 @@ def spec(small: bool) -> ModelSpec:
     )
 
 
-def texts() -> tuple[list[str], str]:
+def texts(new: Path) -> tuple[list[str], str]:
     """Files to train the base on, and the text of the new task."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     sources = [path.read_text(errors="ignore") for path in files]
-    if SHAKESPEARE.is_file():
-        return sources, SHAKESPEARE.read_text()
+    if new.is_file():
+        return sources, new.read_text()
     return sources[::2], "\n".join(sources[1::2])
 
 
@@ -180,11 +181,11 @@ def load(model_spec: ModelSpec, file: Path) -> Decoder:
     return model.train()
 
 
-def tasks(folder: Path, model_spec: ModelSpec) -> tuple[Task, Task]:
+def tasks(folder: Path, model_spec: ModelSpec, text: Path = SHAKESPEARE) -> tuple[Task, Task]:
     """The base's task and the new one; tokens are kept in `folder`, so that measurements meet the same ones."""
     kept = [folder / "old.npy", folder / "new.npy"]
     if not kept[1].is_file():
-        sources, new = texts()
+        sources, new = texts(text)
         tokenizer = learn_bpe([*sources[::2], new], model_spec.vocab_size)
         old = np.concatenate([tokenizer.encode(source) for source in sources])
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,11 +195,11 @@ def tasks(folder: Path, model_spec: ModelSpec) -> tuple[Task, Task]:
     return old_task, new_task
 
 
-def make(out: Path, small: bool) -> None:
+def make(out: Path, small: bool, text: Path) -> None:
     """All four models; those that are there already are kept."""
     torch.manual_seed(0)
     model_spec = spec(small)
-    old, new = tasks(out, model_spec)
+    old, new = tasks(out, model_spec, text)
     scale = 5 if small else 1
     kinds: dict[str, Callable[[Decoder], None]] = {
         "full": lambda m: optimise(m, STEPS["full"] * scale, 1e-4, language_loss(m, new), "full"),
@@ -229,5 +230,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--small", action="store_true", help="4 million parameters, trained longer")
+    parser.add_argument("--text", type=Path, default=SHAKESPEARE, help="the new task")
     arguments = parser.parse_args()
-    make(arguments.out, arguments.small)
+    make(arguments.out, arguments.small, arguments.text)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from moestro.core.errors import ConfigError, DecryptionError, FormatError, LimitExceeded, UnsupportedVersion
 from moestro.package import canonical
-from moestro.package.bulk import write_all
+from moestro.package.bulk import aligned, write_all
 from moestro.package.fields import Fields
 from moestro.package.hashing import Buffer, leaf_hashes
 from moestro.package.keys import PrivateKey, PublicKey, key_of_kek
@@ -216,8 +216,8 @@ class EncryptingStream:
         self._first = bytearray()
         """What shares a chunk with the end of the head."""
         self._first_room = -head_bytes % CHUNK_BYTES
-        self._staged = bytearray()
-        """At most one chunk, and the last one until the end is known, since it is sealed as the last."""
+        self._stage, self._staged = aligned(CHUNK_BYTES), 0
+        """At most one chunk and how much of it is there; the last one until the end is known, since it is sealed so."""
         self._next = num_head = -(-head_bytes // CHUNK_BYTES)
         self._edge = bytearray()
         """Ciphertext between the head's chunks and where the sink begins."""
@@ -232,16 +232,14 @@ class EncryptingStream:
         room = self._first_room - len(self._first)
         self._first += view[:room]
         view = view[room:]
-        if self._staged and len(self._staged) + len(view) > CHUNK_BYTES:
-            room = CHUNK_BYTES - len(self._staged)
-            self._staged += view[:room]
-            self._seal(self._staged, last=False)
-            self._staged = bytearray()
-            view = view[room:]
+        if self._staged and self._staged + len(view) > CHUNK_BYTES:
+            view = view[self._keep(view) :]
+            self._seal(self._stage, last=False)
+            self._staged = 0
         while len(view) > CHUNK_BYTES:
             self._seal(view[:CHUNK_BYTES], last=False)
             view = view[CHUNK_BYTES:]
-        self._staged += view
+        self._keep(view)
 
     def pad_to(self, length: int) -> None:
         """Append zero bytes up to a length."""
@@ -255,7 +253,7 @@ class EncryptingStream:
         """Seal what is left, then the chunks with the head; returns stored bytes and leaf hashes of their chunks."""
         assert len(head) == self._head_bytes
         if self._staged:
-            self._seal(self._staged, last=True)
+            self._seal(self._stage[: self._staged], last=True)
         leaves, place = self._sink.finish(), self.place
         front, plain = bytearray(), memoryview(head + self._first)
         for index, start in enumerate(range(0, len(plain), CHUNK_BYTES)):
@@ -265,6 +263,13 @@ class EncryptingStream:
         os.lseek(place.handle, place.start, os.SEEK_SET)
         write_all(place.handle, front, place.path)
         return stored_bytes(len(head) + self.length), leaf_hashes(place.hash, front, CHUNK_BYTES) + leaves
+
+    def _keep(self, view: memoryview) -> int:
+        """Stage what there is room for; returns how much that was."""
+        count = min(len(view), CHUNK_BYTES - self._staged)
+        self._stage[self._staged : self._staged + count] = view[:count]
+        self._staged += count
+        return count
 
     def _seal(self, chunk: Buffer, last: bool) -> None:
         room, size = self._edge_room - len(self._edge), len(chunk) + TAG_BYTES
