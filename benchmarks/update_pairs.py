@@ -1,4 +1,6 @@
-"""Make real pairs of a model and its successor, for measuring updates: python benchmarks/update_pairs.py OUT [--small] [--text FILE]
+"""Make real pairs of a model and its successor, for measuring updates.
+
+    python benchmarks/update_pairs.py OUT [--small] [--text FILE]
 
     base   a mixture-of-experts decoder of ours, trained on the sources of the Python standard library
     full   all weights fine-tuned on a new task (AdamW, lr 1e-4)
@@ -203,8 +205,8 @@ def make(out: Path, small: bool, text: Path) -> None:
     scale = 5 if small else 1
     kinds: dict[str, Callable[[Decoder], None]] = {
         "full": lambda m: optimise(m, STEPS["full"] * scale, 1e-4, language_loss(m, new), "full"),
-        "lora": lambda m: lora(m, new, STEPS["lora"] * scale, 1e-3),
         "rl": lambda m: optimise(m, STEPS["rl"] * scale, 1e-6, policy_loss(m, old), "rl"),
+        "lora": lambda m: lora(m, new, STEPS["lora"] * scale, 1e-3),
     }
     if not (out / "base").exists():
         base = Decoder(model_spec).initialise()

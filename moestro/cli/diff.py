@@ -12,7 +12,7 @@ def diff(
     target: Path = typer.Argument(help="The package they shall get to."),
     out: Path = typer.Argument(help="The update to make."),
     quantize: float = typer.Option(
-        None, help="Lossy: round changes to so many bits a weight: 1 (signs) or 1.5 to 7; 2.7 is hardly felt."
+        None, help="Lossy: round changes, so many bits a weight in all: 1 (signs) or 1.5 to 7; 2.8 is hardly felt."
     ),
     to: list[str] = TO,
     key: list[Path] = KEY,

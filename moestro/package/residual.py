@@ -8,25 +8,28 @@ eight bytes a block. What `apply` makes of an exact update is the target package
 signature of the target, which the update carries, holds for it.
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from moestro.core.errors import ConfigError, FormatError, LimitExceeded, SignatureError
+from moestro.package import canonical
 from moestro.package.build import Content, build
 from moestro.package.codecs.choose import Coding, best
-from moestro.package.codecs.lossy import Loss, Lossy, quantisable
+from moestro.package.codecs.lossy import Loss, Lossy, allowed_bits, quantisable
 from moestro.package.codecs.numbers import to_float32
 from moestro.package.codecs.registry import decoded
 from moestro.package.describe import check_management, check_technical
 from moestro.package.descriptor import Base, TensorEntry, tensor_digest
 from moestro.package.encrypt import Keys, Recipient, Sealer
 from moestro.package.folder import Package, open_stack
-from moestro.package.limits import ANCHOR_EVERY, MAX_CHAIN
+from moestro.package.limits import ALIGNMENT, ANCHOR_EVERY, MAX_CHAIN
 from moestro.package.manifest import Manifest, ModelEntry, Update
 from moestro.package.reseal import release_of
 from moestro.package.sign import MAX_ENVELOPE_BYTES, Trust, signed_payload
@@ -36,6 +39,11 @@ from moestro.package.writer import ModelSource, SegmentSource, TensorSource, spa
 
 RESULT_SIGNATURE = "Meta-info/result.sig"
 """The target's manifest.sig, in an update that leads to exactly the target."""
+RATE_TRIES = 4
+HEAD_BYTES = 6 << 10
+"""Of an update: headers, padding, manifest and descriptions, about."""
+RATE_MARGIN = 0.002
+"""Bits a weight that the next try saves beyond what the last one took too much."""
 SAMPLED_ROWS = 128
 """Of each tensor, to find the step of a quantised update."""
 
@@ -54,6 +62,16 @@ class Report:
     loss: Loss = field(default_factory=Loss)
     """What quantising took away."""
     chain: int = 1
+    weights: int = 0
+    """Elements of the tensors that changed."""
+    carried: int = 0
+    """Bytes of configuration, tokenizer and programs, which no rate can change."""
+    wanted_bits: float | None = None
+
+    @property
+    def bits_a_weight(self) -> float:
+        """What the update takes for each weight of the tensors that changed, descriptions included."""
+        return 8 * (self.update_bytes - self.carried) / max(1, self.weights)
 
     @property
     def update_bytes(self) -> int:
@@ -67,6 +85,10 @@ class Report:
         rows.append(f"update: {self.update_bytes:,} bytes, {share:.2%} of {self.full_bytes:,}")
         if self.loss.energy:
             rows.append(f"loss: {self.loss.relative:.4f} of the change's energy is not carried (quantised)")
+        if self.wanted_bits is not None and self.bits_a_weight > self.wanted_bits:
+            rows.append(
+                f"the model is too small for {self.wanted_bits} bits a weight: it takes {self.bits_a_weight:.2f}"
+            )
         if self.chain > ANCHOR_EVERY:
             rows.append(
                 f"this is update {self.chain} since the last full package; publish a full one every {ANCHOR_EVERY}"
@@ -87,32 +109,49 @@ def diff(
     """Write the update that leads from a base to a target.
 
     base   a full package, then updates on it in order
-    bits   quantise changes to so many bits a weight, 1 or 1.5 to 7; None keeps every bit
+    bits   quantise changes so that the update takes so many bits a weight, 1 or 1.5 to 7; None keeps every bit
     to     encrypt the update for these
     raises FormatError where the two share no model, LimitExceeded for a chain above 64
     """
+    wanted = None if bits is None else allowed_bits(bits)
     with open_stack(base, keys=keys) as old, Package.open(target, keys=keys) as new:
-        maker = _Maker(old, new, bits, progress)
-        contents = [maker.content(model) for model in new.manifest.models]
-        if not any(content.update for content in contents):
-            raise FormatError(f"{base[-1]} and {target} share no model; ship the full package")
-        program = target / "Program"
-        seal = partial(Sealer, list(to)) if to else None
-        signature = new.envelope() if bits is None else None
-        extra = {} if signature is None else {RESULT_SIGNATURE: signature}
-        has_program = program if any(program.iterdir()) else None
-        maker.report.manifest = build(out, contents, release_of(new.manifest), has_program, seal, extra=extra)
-        maker.report.full_bytes = new.manifest.size
-        return maker.report
+        less, tried = 0.0, None
+        for tries_left in reversed(range(RATE_TRIES)):
+            maker = _Maker(old, new, bits, less, progress)
+            contents = [maker.content(model) for model in new.manifest.models]
+            if not any(content.update for content in contents):
+                raise FormatError(f"{base[-1]} and {target} share no model; ship the full package")
+            report = maker.written(out, contents, target / "Program", to)
+            excess = 0.0 if wanted is None else report.bits_a_weight - wanted
+            if excess <= 0 or not tries_left or maker.lossy == tried:
+                break
+            shutil.rmtree(out)
+            tried = maker.lossy
+            less += excess + RATE_MARGIN
+        report.wanted_bits = wanted
+        return report
 
 
 class _Maker:
     """Codes the models of one update."""
 
-    def __init__(self, old: Package, new: Package, bits: float | None, progress: Progress) -> None:
-        self.old, self.new, self.bits, self.progress = old, new, bits, progress
+    def __init__(self, old: Package, new: Package, bits: float | None, less: float, progress: Progress) -> None:
+        """`less` bits a weight than reckoned go to quantised tensors, because a first try took too much."""
+        self.old, self.new, self.bits, self.less, self.progress = old, new, bits, less, progress
         self.lossy: Lossy | None = None
         self.report = Report()
+
+    def written(self, out: Path, contents: list[Content], program: Path, to: Sequence[Recipient]) -> Report:
+        """Build the package; much is coded only now."""
+        seal = partial(Sealer, list(to)) if to else None
+        signature = self.new.envelope() if self.bits is None else None
+        extra = {} if signature is None else {RESULT_SIGNATURE: signature}
+        has_program = program if any(program.iterdir()) else None
+        self.report.manifest = build(out, contents, release_of(self.new.manifest), has_program, seal, extra=extra)
+        self.report.full_bytes = self.new.manifest.size
+        programs = (entry.size for entry in self.report.manifest.files if entry.path.startswith("Program/"))
+        self.report.carried += sum(programs)
+        return self.report
 
     def _below(self, model: ModelEntry) -> Weights | None:
         """The weights of the base's model of the same id, or of the only one there is."""
@@ -137,14 +176,25 @@ class _Maker:
             raise LimitExceeded(
                 f"this would be update {chain} in a row; at most {MAX_CHAIN} are allowed: ship it whole"
             )
+        self.report.weights += sum(prod(entry.shape) for entry in _changed(below, weights))
         if self.bits is not None:
-            self.lossy = Lossy.for_rate(self.bits, _changes(below, weights))
+            self.lossy = Lossy.for_rate(self.bits, self._rate(self.bits, below, weights), _changes(below, weights))
         source = self._update(model, below, weights, chain)
-        quantised = any(tensor.codec == "qres" for tensor in source.tensors)
+        quantised = bool(self.report.tensors["left as it was"]) or any(
+            tensor.codec == "qres" for tensor in source.tensors
+        )
         if quantised:
             technical = technical | {"quantization": self.report.loss.table()}
         update = Update(below.root, chain, "qres" if quantised else "exact")
         return Content([source], management, technical | {"compact": 2}, update)
+
+    def _rate(self, bits: float, below: Weights, weights: Weights) -> float:
+        """Bits a weight for what is quantised, so that all of the update keeps to what is allowed."""
+        changed = list(_changed(below, weights))
+        coarse = sum(prod(entry.shape) for entry in changed if quantisable(entry))
+        rest = HEAD_BYTES + sum(_described(entry) + (0 if quantisable(entry) else entry.num_bytes) for entry in changed)
+        budget = (allowed_bits(bits) - self.less) * sum(prod(entry.shape) for entry in changed)
+        return (budget - 8 * rest) / max(1, coarse)
 
     def _full(self, model: ModelEntry, weights: Weights) -> ModelSource:
         tensors = [self._tensor(weights.entries[name], None, weights.span(name)) for name in _ordered(weights)]
@@ -162,6 +212,10 @@ class _Maker:
                 continue
             renamed = _renamed(entry, gone, below) if former is None else None
             alike = former is not None and (former.dtype, former.shape) == (entry.dtype, entry.shape)
+            if former is not None and self._left(entry, below.span(name), weights.span(name)):
+                self.report.tensors["left as it was"] += 1
+                inherited.append(former)
+                continue
             if renamed is not None:
                 tensors.append(self._stored(entry, Coding("copy", tuple, {"from": renamed}), weights.span(name)))
             else:
@@ -176,14 +230,19 @@ class _Maker:
             hash=weights.hash,
         )
 
+    def _left(self, entry: TensorEntry, base: Span, target: Span) -> bool:
+        return self.lossy is not None and self.lossy.leave(entry, base, target, self.report.loss)
+
     def _segments(self, model: ModelEntry) -> list[SegmentSource]:
         """Files that are those of the base are taken over."""
         theirs = self.old.segments(self.old.model_below(model).model_id)
         entries = {s.name: s for part in self.new.stored(model.model_id) for s in part.descriptor.segments}
-        return [
+        found = [
             SegmentSource(name, data, entries[name] if theirs.get(name) == data else None)
             for name, data in self.new.segments(model.model_id).items()
         ]
+        self.report.carried += sum(entries[new.name].length for new in found if new.copied is None)
+        return found
 
     def _tensor(self, entry: TensorEntry, base: Span | None, target: Span) -> TensorSource:
         plain = replace(entry, codec="raw", cp={})
@@ -218,13 +277,24 @@ def _ordered(weights: Weights) -> list[str]:
     return sorted(weights.entries, key=str.encode)
 
 
-def _changes(below: Weights, weights: Weights) -> Iterator[np.ndarray]:
-    """Some rows of the differences of every tensor that may be quantised."""
+def _changed(below: Weights, weights: Weights) -> Iterator[TensorEntry]:
+    """Tensors of the target that are not those of the base."""
     for name in _ordered(weights):
-        entry, former = weights.entries[name], below.entries.get(name)
-        if former is None or former.digest == entry.digest or not quantisable(entry):
-            continue
-        if (former.dtype, former.shape) == (entry.dtype, entry.shape):
+        former = below.entries.get(name)
+        if former is None or former.digest != weights.entries[name].digest:
+            yield weights.entries[name]
+
+
+def _described(entry: TensorEntry) -> int:
+    """Bytes of a tensor's entry in the descriptor and of the padding behind it, about."""
+    return len(canonical.dumps(entry.table())) + ALIGNMENT // 2
+
+
+def _changes(below: Weights, weights: Weights) -> Iterator[tuple[TensorEntry, np.ndarray]]:
+    """Every tensor that may be quantised, and some rows of its differences."""
+    for entry in filter(quantisable, _changed(below, weights)):
+        name, former = entry.name, below.entries.get(entry.name)
+        if former is not None and (former.dtype, former.shape) == (entry.dtype, entry.shape):
             row = entry.shape[-1] * entry.dtype.item_bytes
             step = max(entry.num_bytes // row // SAMPLED_ROWS, 1) * row
             old, new = (
@@ -233,7 +303,7 @@ def _changes(below: Weights, weights: Weights) -> Iterator[np.ndarray]:
             )
             change = (new - old).reshape(-1, entry.shape[-1])
             if np.isfinite(change).all():
-                yield change
+                yield entry, change
 
 
 def _renamed(entry: TensorEntry, gone: dict[str, TensorEntry], below: Weights) -> str | None:

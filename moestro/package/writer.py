@@ -32,6 +32,8 @@ UNKNOWN_DIGEST = "0" * 64
 LARGE_ALIGN = 20
 LARGE_BYTES = 64 << 20
 """From this much data on, data begins at a multiple of 1 MiB, so that chunks of file and data are the same."""
+LARGE_UPDATE_BYTES = 1 << 30
+"""The same for updates, by their decoded bytes: below, the MiB would be more than a thousandth of the whole model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,12 @@ def write_model_file(
     """Write one file whole; the caller removes what a failure leaves.
 
     seal         makes the encryption of a model by its id; None leaves models in clear
-    align_log2   model data begins at multiples of 2^align_log2; None: 1 MiB for large models, else 4 KiB
+    align_log2   model data begins at multiples of 2^align_log2; None: 1 MiB for large models and updates, else 4 KiB
     """
     if align_log2 is None:
         total = sum(num_bytes(tensor.dtype, tensor.shape) for model in models for tensor in model.tensors)
-        align_log2 = LARGE_ALIGN if total >= LARGE_BYTES else 12
+        large = LARGE_UPDATE_BYTES if models[0].base is not None else LARGE_BYTES
+        align_log2 = LARGE_ALIGN if total >= large else 12
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644 if seal is None else 0o600)
     except OSError as error:

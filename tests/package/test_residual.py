@@ -214,15 +214,32 @@ def test_r_8_2_6_3_a_quantised_update_keeps_to_its_rate_and_states_its_loss(tmp_
     }
     base, target = packed(tmp_path, "a", old), packed(tmp_path, "b", new)
     report = diff([base], target, tmp_path / "u", bits=bits)
-    assert 8 * report.stored["qres"] / 360_000 == pytest.approx(bits, rel=0.08)
+    rate = 8 * report.stored["qres"] / 360_000
+    assert rate == pytest.approx(bits, rel=0.12)
+    assert any("too small for 1.07 bits" in line for line in report.lines()) == (bits == 1)
+    assert bits == 1 or report.bits_a_weight <= bits
     # within 0.4 bits of the rate-distortion bound 2^(-2 bits) of a Gaussian source
-    assert 2 ** (-2 * bits) < report.loss.relative < 2 ** (-2 * (bits - 0.4))
+    assert 2 ** (-2 * rate) < report.loss.relative < 2 ** (-2 * (rate - 0.4))
     with Package.open(base) as below, Package.open(tmp_path / "u", base=below) as package:
         out = {name: package.weights().array(name) for name in change}
         np.testing.assert_array_equal(package.weights().array("n"), new["n"])
     energy = sum(float(np.sum((new[n].astype(np.float64) - old[n].astype(np.float64)) ** 2)) for n in change)
     error = sum(float(np.sum((new[n].astype(np.float64) - out[n].astype(np.float64)) ** 2)) for n in change)
     assert error / energy == pytest.approx(report.loss.relative, abs=0.02)  # rounding comes on top
+
+
+def test_the_matrix_that_changed_least_is_left_so_that_signs_fit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    old = {f"w{i:02}": rng.normal(0, 0.02, (250, 250)).astype(HALF) for i in range(12)}
+    new = {n: (w + rng.normal(0, 5e-5 if n == "w05" else 1e-3, w.shape)).astype(HALF) for n, w in old.items()}
+    base, target = packed(tmp_path, "a", old), packed(tmp_path, "b", new)
+    report = diff([base], target, tmp_path / "u", bits=1.0)
+    assert report.tensors == {"qres": 11, "left as it was": 1}
+    assert report.update_bytes <= 0.067 * 2 * 750_000
+    with Package.open(base) as below, Package.open(tmp_path / "u", base=below) as package:
+        np.testing.assert_array_equal(package.weights().array("w05"), old["w05"])
+        assert package.manifest.models[0].update
+        assert package.manifest.models[0].update.mode == "qres"
 
 
 def test_x_4_another_process_without_compiled_loops_gets_the_same_model(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Quantised updates, entropy-coded so that codes have a wanted rate (R-8.2.6-3).
 
-    lossy = Lossy.for_rate(bits, changes)        lossy.coding(tensor, base, target, loss) -> Coding or None
+    lossy = Lossy.for_rate(bits, rate, changes)        lossy.coding(tensor, base, target, loss) -> Coding or None
 
 From 1.5 bits a weight on: an even quantiser with one scale a row, its step the same multiple of every row's root mean
 square. With entropy coding that is within 1.53 dB of the rate-distortion bound (Gish and Pierce 1968); around zero the
 threshold lies further out (a dead zone), and each row's scale is then fitted to its codes by least squares. At 1 bit:
 the sign of every change times their mean size in the tensor (as BitDelta, Liu 2024): it errs more by squares, yet keeps
-more of what a fine-tune learnt, because no direction is dropped. Vectors and small tensors stay exact.
+more of what a fine-tune learnt, because no direction is dropped. Vectors and small tensors stay exact. `bits` is for
+all of it; what exact tensors and descriptions take must be saved elsewhere: by a wider step, or, since a sign cannot
+cost less than a bit, by leaving some matrices that changed least as they were.
 """
 
 from collections.abc import Iterable
@@ -53,6 +55,12 @@ class Loss:
 DEAD_ZONE = 0.6
 """Differences below this many steps become zero; 0.5 would be plain rounding. The encoder's choice alone."""
 SIGN_BITS = 1.0
+SIGN_ALLOWANCE = 1.07
+"""Bits a weight in all that an update by signs may take: 6.7 % of bfloat16."""
+LEAST_RATE = 0.5
+"""Where less is left for what is quantised, the model is too small for the wanted rate."""
+MOST_LEFT = 0.1
+"""Share of elements that may stay as they were; where more had to, signs do not fit and nothing is left out."""
 ZEROS_PAY = 0.77
 """From this share of unchanged elements on, three codes cost less than two: entropy of z below z."""
 MIN_BITS, MAX_BITS = 1.5, 7.0
@@ -67,26 +75,27 @@ class Lossy:
     """How changes are rounded."""
 
     bits: float
-    """Wanted mean bits a weight, over the tensors that are quantised."""
+    """Wanted mean bits a weight, over all tensors that changed."""
     step: float
     """In root mean squares of a row's change; 0 for signs."""
+    left: frozenset[str] = frozenset()
+    """Matrices that stay as they were in the base, so that signs fit."""
 
     @classmethod
-    def for_rate(cls, bits: float, changes: Iterable[np.ndarray]) -> "Lossy":
-        """Find the step.
+    def for_rate(cls, bits: float, rate: float, changes: Iterable[tuple[TensorEntry, np.ndarray]]) -> "Lossy":
+        """Find the step, or what is left out.
 
-        changes   some rows [rows, columns] of each tensor's differences
-        raises    ConfigError for bits other than 1 and 1.5..7
+        rate      mean bits a weight that the quantised tensors may take
+        changes   each tensor that may be quantised, and some rows [rows, columns] of its differences
         """
+        rate = max(rate, LEAST_RATE)
         if bits == SIGN_BITS:
-            return cls(bits, 0.0)
-        if not MIN_BITS <= bits <= MAX_BITS:
-            raise ConfigError(f"quantize is {bits} bits a weight; it must be 1 or in {MIN_BITS}..{MAX_BITS}")
-        samples = [change / np.maximum(_rms(change), 1e-30) for change in changes]
+            return cls(bits, 0.0, least_changed(changes, 1 - rate, MOST_LEFT))
+        samples = [change / np.maximum(_rms(change), 1e-30) for _, change in changes]
         low, high = 2.0**-7, 2.0**4
         for _ in range(24):
             step = (low * high) ** 0.5
-            low, high = (step, high) if _rate(samples, step) > bits else (low, step)
+            low, high = (step, high) if _rate(samples, step) > rate else (low, step)
         return cls(bits, high)
 
     def coding(self, tensor: TensorEntry, base: Span, target: Span, loss: Loss) -> Coding | None:
@@ -106,6 +115,17 @@ class Lossy:
         codec = Quantised(scales if self.step else scales[:1], codes.reshape(-1))
         return coding(replace(tensor, cp=cp), codec, target, base)
 
+    def leave(self, tensor: TensorEntry, base: Span, target: Span, loss: Loss) -> bool:
+        """True where a tensor is to stay as it was, which is counted; a change that is not finite is always carried."""
+        if tensor.name not in self.left:
+            return False
+        a, b = (to_float32(span.read(0, span.length), tensor.dtype) for span in (base, target))
+        energy = float(np.sum(np.square(b - a, dtype=np.float64)))
+        if not np.isfinite(energy):
+            return False
+        loss.energy, loss.error, loss.bits = loss.energy + energy, loss.error + energy, self.bits
+        return True
+
     def _codes(self, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int8 [rows, columns], and a float32 scale for each row."""
         if not self.step:
@@ -117,6 +137,30 @@ class Lossy:
         energy = np.square(codes, dtype=np.float32).sum(axis=1)
         fitted = (delta * codes).sum(axis=1) / np.maximum(energy, 1)
         return codes, fitted.astype(np.float32)
+
+
+def allowed_bits(bits: float) -> float:
+    """Bits a weight that an update may take in all; raises ConfigError for bits other than 1 and 1.5..7."""
+    if bits != SIGN_BITS and not MIN_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"quantize is {bits} bits a weight; it must be 1 or in {MIN_BITS}..{MAX_BITS}")
+    return SIGN_ALLOWANCE if bits == SIGN_BITS else bits
+
+
+def least_changed(changes: Iterable[tuple[TensorEntry, np.ndarray]], share: float, most: float) -> frozenset[str]:
+    """Tensors that changed least, with this share of all elements or a little more; none where it were above `most`."""
+    size, energy = {}, {}
+    for tensor, change in changes:
+        size[tensor.name] = prod(tensor.shape)
+        energy[tensor.name] = size[tensor.name] * float(np.mean(np.square(change, dtype=np.float64)))
+    total, found = sum(size.values()), set[str]()
+    missing = share * total
+    while missing > 0 and size.keys() - found:
+        rest = sorted(size.keys() - found)
+        enough = [name for name in rest if size[name] >= missing]
+        name = min(enough, key=lambda n: energy[n]) if enough else min(rest, key=lambda n: energy[n] / size[n])
+        found.add(name)
+        missing -= size[name]
+    return frozenset(found) if sum(size[name] for name in found) <= most * total else frozenset()
 
 
 def quantisable(tensor: TensorEntry) -> bool:
