@@ -42,7 +42,7 @@ from moestro.package.spans import Bytes
 Row = dict[str, Any]
 BF16 = DATA_TYPES["bfloat16"]
 TENSOR_BYTES = 8 << 20
-QUANTIZE_BITS = (2.75, 2.0, 1.0)
+QUANTIZE_BITS = (2.8, 2.0, 1.0)
 
 
 class Clock:
@@ -242,7 +242,7 @@ def updates(folder: Path, pairs: Path, clock: Clock) -> list[Row]:
     _packed(pairs / "base", folder / "base")
     old = bf16_tensors(pairs / "base")
     size = sum(map(len, old.values()))
-    for name in ("rl", "lora", "full"):
+    for name in found(pairs, "rl", "lora", "full"):
         _packed(pairs / name, folder / name)
         new = bf16_tensors(pairs / name)
         update, result = folder / f"{name}-update", folder / f"{name}-result"
@@ -259,6 +259,11 @@ def updates(folder: Path, pairs: Path, clock: Clock) -> list[Row]:
         shutil.rmtree(update)
         shutil.rmtree(result)
     return rows
+
+
+def found(pairs: Path, *names: str) -> list[str]:
+    """Which of these successors were made."""
+    return [name for name in names if (pairs / name).exists()]
 
 
 def _packed(model: Path, out: Path) -> None:
@@ -298,7 +303,7 @@ def quantised(folder: Path, pairs: Path) -> list[Row]:
     base = floats(old)
     base_loss = loss_of(base)
     rows = []
-    for name in ("full", "lora"):
+    for name in found(pairs, "full", "lora"):
         target = floats(bf16_tensors(pairs / name))
         gain = base_loss - loss_of(target)
         signs = {n: base[n] + np.float32(np.abs(d := target[n] - base[n]).mean()) * np.where(d < 0, -1, 1).astype(np.float32) for n in base}  # fmt: skip # noqa: E501

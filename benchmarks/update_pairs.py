@@ -1,6 +1,6 @@
 """Make real pairs of a model and its successor, for measuring updates.
 
-    python benchmarks/update_pairs.py OUT [--small] [--text FILE]
+    python benchmarks/update_pairs.py OUT [--small] [--text FILE] [--kinds full lora rl]
 
     base   a mixture-of-experts decoder of ours, trained on the sources of the Python standard library
     full   all weights fine-tuned on a new task (AdamW, lr 1e-4)
@@ -197,15 +197,15 @@ def tasks(folder: Path, model_spec: ModelSpec, text: Path = SHAKESPEARE) -> tupl
     return old_task, new_task
 
 
-def make(out: Path, small: bool, text: Path) -> None:
-    """All four models; those that are there already are kept."""
+def make(out: Path, small: bool, text: Path, wanted: list[str]) -> None:
+    """The base and what is wanted of it; models that are there already are kept."""
     torch.manual_seed(0)
     model_spec = spec(small)
     old, new = tasks(out, model_spec, text)
     scale = 5 if small else 1
     kinds: dict[str, Callable[[Decoder], None]] = {
-        "full": lambda m: optimise(m, STEPS["full"] * scale, 1e-4, language_loss(m, new), "full"),
         "rl": lambda m: optimise(m, STEPS["rl"] * scale, 1e-6, policy_loss(m, old), "rl"),
+        "full": lambda m: optimise(m, STEPS["full"] * scale, 1e-4, language_loss(m, new), "full"),
         "lora": lambda m: lora(m, new, STEPS["lora"] * scale, 1e-3),
     }
     if not (out / "base").exists():
@@ -214,13 +214,13 @@ def make(out: Path, small: bool, text: Path) -> None:
         optimise(base, STEPS["base"] * scale, 1e-3, language_loss(base, old), "base")
         save(base, out / "base")
     for name, update in kinds.items():
-        if not (out / name).exists():
+        if name in wanted and not (out / name).exists():
             model = load(model_spec, out / "base" / "model.safetensors")
             update(model)
             save(model, out / name)
     losses = {
         name: {"old": old.loss(model), "new": new.loss(model)}
-        for name in ("base", *kinds)
+        for name in ("base", *wanted)
         for model in [load(model_spec, out / name / "model.safetensors")]
     }
     facts = {"steps": STEPS, "scale": scale, "sequences": SEQUENCES, "length": LENGTH, "rank": RANK, "heldout": losses}
@@ -233,5 +233,6 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--small", action="store_true", help="4 million parameters, trained longer")
     parser.add_argument("--text", type=Path, default=SHAKESPEARE, help="the new task")
+    parser.add_argument("--kinds", nargs="+", default=["rl", "full", "lora"], help="which successors")
     arguments = parser.parse_args()
-    make(arguments.out, arguments.small, arguments.text)
+    make(arguments.out, arguments.small, arguments.text, arguments.kinds)

@@ -9,17 +9,22 @@ from moestro.core.units import bytes_text
 
 
 def encrypt(
-    package: Path = typer.Argument(help="A package in clear."),
+    package: Path = typer.Argument(help="A package in clear, or with --rewrap an encrypted one."),
     out: Path = typer.Argument(help="The encrypted package to make."),
     to: list[str] = TO,
+    rewrap: bool = typer.Option(False, help="Open PACKAGE with --key and wrap its data key for --to; data stays."),
+    key: list[Path] = KEY,
     suite: str = typer.Option("A256GCM", help="A256GCM, SM4GCM or C20P1305."),
     as_json: bool = JSON,
 ) -> None:
     """Encrypt the models of a package; names, shapes and numbers can be read by the recipients only. Sign it anew."""
-    from moestro.package.reseal import encrypt as encrypt_package
+    from moestro.package import reseal
 
     with progress_bar("encrypting", size_below(package)) as progress:
-        manifest = encrypt_package(package, out, recipients_of(to), suite, progress)
+        if rewrap:
+            manifest = reseal.rewrap(package, out, keys_of(key), recipients_of(to), progress)
+        else:
+            manifest = reseal.encrypt(package, out, recipients_of(to), suite, progress)
     say({"out": str(out), "bytes": manifest.size}, [f"package: {out}, {bytes_text(manifest.size)}"], as_json)
 
 

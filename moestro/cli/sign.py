@@ -1,10 +1,10 @@
-"""`moestro sign PACKAGE --key KEY` and `moestro keygen FILE`: who vouches for a package."""
+"""`moestro sign PACKAGE --key KEY`, `moestro to-model-signing PACKAGE OUT` and `moestro keygen FILE`: who vouches."""
 
 from pathlib import Path
 
 import typer
 
-from moestro.cli.package_session import JSON, say
+from moestro.cli.package_session import JSON, progress_bar, say, size_below
 
 
 def sign(
@@ -21,6 +21,21 @@ def sign(
         [f"signed; the package carries the signatures of {', '.join(name[:16] for name in ids)}"],
         as_json,
     )
+
+
+def to_model_signing(
+    package: Path = typer.Argument(help="A package folder."),
+    out: Path = typer.Argument(help="The signature to write, outside of the package."),
+    key: Path = typer.Option(help="Private signing key of kind p256."),
+    as_json: bool = JSON,
+) -> None:
+    """Sign all files as an in-toto statement that OpenSSF's model_signing verifies."""
+    from moestro.package.intoto import to_model_signing as write_signature
+
+    with progress_bar("hashing", size_below(package)) as progress:
+        statement = write_signature(package, out, key, progress)
+    check = f"model_signing verify key {package} --signature {out} --public_key {key}.pub"
+    say({"out": str(out), "statement": statement}, [f"signature: {out}", f"check it with: {check}"], as_json)
 
 
 def keygen(

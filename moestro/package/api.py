@@ -4,6 +4,7 @@
     open_package(package) -> Package             package.weights().array("w")   one tensor, verified
     diff([base], target, out) -> Report          apply([base], update, out)
     encrypt(package, out, [key.pub])             decrypt(package, out, keys)
+    rewrap(package, out, keys, [other.pub])      to_model_signing(package, out, key)
     sign_package(package, key)                   Trust.load([key.pub])          Keys([load_receiving(key)])
 
 A package is a folder; `Package.manifest` names every file with its size and digest, which is all that shipping needs.
@@ -12,11 +13,12 @@ A package is a folder; `Package.manifest` names every file with its size and dig
 from moestro.package.build import Release
 from moestro.package.encrypt import Kek, Keys, Password
 from moestro.package.folder import Findings, Package
+from moestro.package.intoto import to_model_signing
 from moestro.package.keys import load_receiving, load_recipient, load_signing, new_key, save_pair
 from moestro.package.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update
 from moestro.package.oci import from_oci, to_oci
 from moestro.package.pack import Options, Packed, pack, sign_package, unpack, verify
-from moestro.package.reseal import decrypt, encrypt
+from moestro.package.reseal import decrypt, encrypt, rewrap
 from moestro.package.residual import Report, apply, diff
 from moestro.package.sign import Trust
 from moestro.package.weights import Weights
@@ -52,8 +54,10 @@ __all__ = [
     "new_key",
     "open_package",
     "pack",
+    "rewrap",
     "save_pair",
     "sign_package",
+    "to_model_signing",
     "to_oci",
     "unpack",
     "verify",

@@ -27,7 +27,7 @@ from moestro.package.limits import CHUNK_BYTES, MAX_JSON_INT
 from moestro.package.manifest import CHUNKS, MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update, sorted_files
 from moestro.package.paths import check_model_id, list_below
 from moestro.package.sink import file_leaves
-from moestro.package.writer import ModelSource, TensorSource, WrittenFile, write_model_file
+from moestro.package.writer import ModelSource, SealedSource, TensorSource, WrittenFile, write_model_file
 
 EPOCH = "1970-01-01T00:00:00Z"
 """created_at unless the user or SOURCE_DATE_EPOCH says otherwise: the same package twice has the same bytes."""
@@ -66,7 +66,7 @@ class Release:
 class Content:
     """One model and its descriptions."""
 
-    shards: Sequence[ModelSource]
+    shards: Sequence[ModelSource] | Sequence[SealedSource]
     """One per file, see `shards_of`."""
     management: dict[str, Any]
     technical: dict[str, Any]
@@ -128,7 +128,8 @@ class _Builder:
         check_technical(described[1], model_id)
         self.add_bytes(f"Meta-info/{model_id}/managementinfo.json", described[0])
         self.add_bytes(f"Meta-info/{model_id}/technicalinfo.json", described[1])
-        root = None if seal is not None else _model_root(shards[0].hash, written)
+        is_clear = written[0].descriptors[0].encryption is None
+        root = _model_root(shards[0].hash, written) if is_clear else None
         return ModelEntry(model_id, root, tuple(paths), content.update)
 
     def add_program(self, program: Path) -> None:

@@ -197,7 +197,7 @@ class Package:
     def verify(self, progress: Progress = ignore) -> Findings:
         """R-8.2.7-1: every listed file, none missing, none beside them, every tensor that can be decoded here."""
         findings = Findings(signed_by=self.signed_by)
-        self._check_listing()
+        self.check_listing()
         for entry in self.manifest.files:
             leaves = self._verify_file(entry)
             findings.files, findings.num_bytes = findings.files + 1, findings.num_bytes + entry.size
@@ -208,7 +208,8 @@ class Package:
             self._verify_model(model, findings)
         return findings
 
-    def _check_listing(self) -> None:
+    def check_listing(self) -> None:
+        """No listed file is missing, and none lies beside them."""
         listed = {entry.path for entry in self.manifest.files} | {MANIFEST, SIGNATURE}
         there = set(list_below(self.folder))
         extra, missing = sorted(there - listed), sorted(listed - there - {SIGNATURE})

@@ -31,6 +31,8 @@ Table = dict[str, Any]
 SCHEMA = "gbt42382.2/manifest/1"
 MANIFEST = "Meta-info/manifest.json"
 SIGNATURE = "Meta-info/manifest.sig"
+RESULT_SIGNATURE = "Meta-info/result.sig"
+"""The target's manifest.sig, in an update that leads to exactly the target."""
 CHUNKS = "Meta-info/chunks/"
 MODES = ("exact", "qres")
 

@@ -48,6 +48,8 @@ class StoredModel:
     """What offsets of tensors count in: stored data, or decrypted data after the private descriptor."""
     is_open: bool
     """False for an encrypted model without a fitting key: then only the public part of the descriptor is known."""
+    opened: Opened | None = None
+    """An encrypted model's data before and after decryption, where a key fits."""
 
     def stored(self, entry: TensorEntry | SegmentEntry) -> Span:
         """The stored bytes of a tensor or segment."""
@@ -184,4 +186,5 @@ def _decrypted(descriptor: Descriptor, header: ModelHeader, start: int, plain: O
         raise FormatError("padding is not zero", where=where)
     text = bytes(plain.read(8, length))
     opened = descriptor.open_private(text, header.flags, plain.length - head_bytes)
-    return StoredModel(opened, header, start, Part(plain, head_bytes, plain.length - head_bytes), is_open=True)
+    data = Part(plain, head_bytes, plain.length - head_bytes)
+    return StoredModel(opened, header, start, data, is_open=True, opened=plain)

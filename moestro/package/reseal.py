@@ -1,12 +1,15 @@
-"""The same package with its models encrypted, or in clear again.
+"""The same package with its models encrypted, for other recipients, or in clear again.
 
-    encrypt(folder, out, recipients)        decrypt(folder, out, keys)
+    encrypt(folder, out, recipients)        rewrap(folder, out, keys, recipients)        decrypt(folder, out, keys)
 
 Tensors go over in their stored form, so nothing is compressed twice, and a package that is encrypted and decrypted has
-its old bytes again. Signatures cover the stored bytes, so the new package must be signed anew.
+its old bytes again. Re-wrapping copies ciphertext and changes the envelope alone (8.2.5, 8): whoever could read the old
+package still holds the data key and can read the new one, so it adds readers, and takes none away from what they have.
+Signatures cover the stored bytes, so the new package must be signed anew.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +19,12 @@ from moestro.package.describe import check_management, check_technical
 from moestro.package.descriptor import TensorEntry
 from moestro.package.encrypt import FAILED, Keys, Recipient, Sealer
 from moestro.package.folder import Package
-from moestro.package.manifest import Manifest, ModelEntry
+from moestro.package.limits import CHUNK_BYTES
+from moestro.package.manifest import RESULT_SIGNATURE, Manifest, ModelEntry
 from moestro.package.reader import StoredModel
+from moestro.package.sign import MAX_ENVELOPE_BYTES
 from moestro.package.spans import Progress, Watched, ignore, pieces
-from moestro.package.writer import BATCH_BYTES, ModelSource, SegmentSource, TensorSource
+from moestro.package.writer import BATCH_BYTES, ModelSource, SealedSource, SegmentSource, TensorSource
 
 
 def encrypt(
@@ -44,11 +49,46 @@ def decrypt(folder: Path, out: Path, keys: Keys, progress: Progress = ignore) ->
         return _rebuilt(package, out, None, progress)
 
 
+def rewrap(folder: Path, out: Path, keys: Keys, to: Sequence[Recipient], progress: Progress = ignore) -> Manifest:
+    """A new package with the same ciphertext for other recipients; raises DecryptionError where no key fits."""
+    with Package.open(folder, keys=keys) as package:
+        package.check_listing()
+        contents = []
+        for model in package.manifest.models:
+            parts = package.stored(model.model_id)
+            if not package.is_encrypted(model.model_id):
+                raise FormatError(f"{model.model_id} is not encrypted; encrypt it first")
+            contents.append(_content(package, model, [_wrapped(part, to, progress) for part in parts]))
+        return _built(package, out, contents, None)
+
+
+def _wrapped(model: StoredModel, to: Sequence[Recipient], progress: Progress) -> SealedSource:
+    """The data key of a model, wrapped for others."""
+    opened, envelope = model.opened, model.descriptor.encryption
+    if opened is None or envelope is None:
+        raise DecryptionError(f"{model.descriptor.model_id}: {FAILED}")
+    if model.descriptor.chunk_size != CHUNK_BYTES:
+        raise FormatError(f"digests are over chunks of {model.descriptor.chunk_size} bytes; encrypt the model anew")
+    salt = bytes.fromhex(envelope["salt"])
+    sealer = Sealer(to, model.descriptor.model_id, envelope["suite"], opened.dek, salt)
+    new = replace(model.descriptor, encryption=sealer.envelope(opened.length), extra={})
+    return SealedSource(new, Watched(opened.stored, progress))
+
+
 def _rebuilt(package: Package, out: Path, seal: Callable[[str], Sealer] | None, progress: Progress) -> Manifest:
     package.verify()
-    contents = [_content(package, model, progress) for model in package.manifest.models]
-    program = package.folder / "Program"
-    return build(out, contents, release_of(package.manifest), program if program.is_dir() else None, seal)
+    contents = []
+    for model in package.manifest.models:
+        shards = [_source(part, progress) for part in package.stored(model.model_id)]
+        contents.append(_content(package, model, shards))
+    return _built(package, out, contents, seal)
+
+
+def _built(package: Package, out: Path, contents: Sequence[Content], seal: Callable[[str], Sealer] | None) -> Manifest:
+    """With what lies beside the models."""
+    program, listed = package.folder / "Program", {entry.path for entry in package.manifest.files}
+    extra = {path: package.content(path, MAX_ENVELOPE_BYTES) for path in listed & {RESULT_SIGNATURE}}
+    return build(out, contents, release_of(package.manifest), program if program.is_dir() else None, seal, extra=extra)
 
 
 def release_of(manifest: Manifest) -> Release:
@@ -62,8 +102,7 @@ def release_of(manifest: Manifest) -> Release:
     )
 
 
-def _content(package: Package, model: ModelEntry, progress: Progress) -> Content:
-    shards = [_source(part, progress) for part in package.stored(model.model_id)]
+def _content(package: Package, model: ModelEntry, shards: Sequence[ModelSource] | Sequence[SealedSource]) -> Content:
     here = f"Meta-info/{model.model_id}"
     management = check_management(package.content(f"{here}/managementinfo.json"), model.model_id)
     technical = check_technical(package.content(f"{here}/technicalinfo.json"), model.model_id)

@@ -30,15 +30,13 @@ from moestro.package.descriptor import Base, TensorEntry, tensor_digest
 from moestro.package.encrypt import Keys, Recipient, Sealer
 from moestro.package.folder import Package, open_stack
 from moestro.package.limits import ALIGNMENT, ANCHOR_EVERY, MAX_CHAIN
-from moestro.package.manifest import Manifest, ModelEntry, Update
+from moestro.package.manifest import RESULT_SIGNATURE, Manifest, ModelEntry, Update
 from moestro.package.reseal import release_of
 from moestro.package.sign import MAX_ENVELOPE_BYTES, Trust, signed_payload
 from moestro.package.spans import Bytes, Progress, Span, Watched, ignore
 from moestro.package.weights import Weights
 from moestro.package.writer import ModelSource, SegmentSource, TensorSource, span_root
 
-RESULT_SIGNATURE = "Meta-info/result.sig"
-"""The target's manifest.sig, in an update that leads to exactly the target."""
 RATE_TRIES = 4
 HEAD_BYTES = 6 << 10
 """Of an update: headers, padding, manifest and descriptions, about."""

@@ -35,13 +35,16 @@ def sign(payload: bytes, key: Any, former: bytes | None = None) -> bytes:
     """An envelope with this key's signature, beside those of a former envelope over the same payload."""
     keyid = key_id(key.public_key())
     signatures = [] if former is None else [s for s in _signatures(former, payload) if s["keyid"] != keyid]
-    signatures.append({"keyid": keyid, "sig": base64.b64encode(_signed(key, pre_authentication(payload))).decode()})
+    signatures.append(
+        {"keyid": keyid, "sig": base64.b64encode(signed_bytes(key, pre_authentication(payload))).decode()}
+    )
     signatures.sort(key=lambda s: str(s["keyid"]))
     envelope = {"payload": base64.b64encode(payload).decode(), "payloadType": PAYLOAD_TYPE, "signatures": signatures}
     return canonical.dumps(envelope)
 
 
-def _signed(key: Any, message: bytes) -> bytes:
+def signed_bytes(key: Any, message: bytes) -> bytes:
+    """A bare signature by a private key."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.hashes import SHA256
 

@@ -81,6 +81,39 @@ class ModelSource:
     promised_root: str = ""
     """What must come out; IntegrityError where it does not."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors, decoded."""
+        return sum(num_bytes(tensor.dtype, tensor.shape) for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSource:
+    """A model that is encrypted already: its ciphertext is copied, under another envelope."""
+
+    descriptor: Descriptor
+    data: Span
+
+    @property
+    def model_id(self) -> str:
+        """As in the descriptor."""
+        return self.descriptor.model_id
+
+    @property
+    def hash(self) -> str:
+        """As in the descriptor."""
+        return self.descriptor.hash
+
+    @property
+    def base(self) -> Base | None:
+        """As in the descriptor."""
+        return self.descriptor.base
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the ciphertext."""
+        return self.data.length
+
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
@@ -104,7 +137,7 @@ class DataSink(Protocol):
 
 def write_model_file(
     path: Path,
-    models: Sequence[ModelSource],
+    models: Sequence[ModelSource | SealedSource],
     seal: Callable[[str], Sealer] | None = None,
     align_log2: int | None = None,
 ) -> WrittenFile:
@@ -114,11 +147,12 @@ def write_model_file(
     align_log2   model data begins at multiples of 2^align_log2; None: 1 MiB for large models and updates, else 4 KiB
     """
     if align_log2 is None:
-        total = sum(num_bytes(tensor.dtype, tensor.shape) for model in models for tensor in model.tensors)
+        total = sum(model.num_bytes for model in models)
         large = LARGE_UPDATE_BYTES if models[0].base is not None else LARGE_BYTES
         align_log2 = LARGE_ALIGN if total >= large else 12
+    secret = seal is not None or any(isinstance(model, SealedSource) for model in models)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644 if seal is None else 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600 if secret else 0o644)
     except OSError as error:
         raise cannot_write(path, error) from error
     try:
@@ -139,9 +173,12 @@ class _FileWriter:
         """(header offset, data offset, descriptor, data bytes) of each model."""
         self.data_leaves: list[bytes] = []
 
-    def write(self, models: Sequence[ModelSource], seal: Callable[[str], Sealer] | None) -> WrittenFile:
+    def write(self, models: Sequence[ModelSource | SealedSource], seal: Callable[[str], Sealer] | None) -> WrittenFile:
         for model in models:
-            self._write_model(model, None if seal is None else seal(model.model_id))
+            if isinstance(model, SealedSource):
+                self._copy_model(model)
+            else:
+                self._write_model(model, None if seal is None else seal(model.model_id))
         if self.end > MAX_FILE_BYTES:
             raise ConfigError(f"{self.path} has {self.end} bytes; at most 2^53 are allowed")
         flags = 0
@@ -177,9 +214,25 @@ class _FileWriter:
         else:
             final, leaves, length = self._write_sealed(model, draft, payloads, start, seal)
         final = replace(final, data_root=tree_root(model.hash, leaves).hex())
-        self.heads.append((header_offset, start, self._padded(final, header_offset, start), length))
+        self._end_model(header_offset, start, self._padded(final, header_offset, start), leaves, length)
+
+    def _end_model(self, header_offset: int, start: int, final: Descriptor, leaves: bytes, length: int) -> None:
+        self.heads.append((header_offset, start, final, length))
         self.data_leaves.append(leaves)
         self.end = start + length
+
+    def _copy_model(self, model: SealedSource) -> None:
+        """Ciphertext as it is, compared with the root that its descriptor promises."""
+        descriptor, header_offset = model.descriptor, model_start(self.end)
+        start = data_start(header_offset, len(canonical.dumps(descriptor.public())), self.align_log2)
+        os.lseek(self.handle, start, os.SEEK_SET)
+        sink = Sink(self.handle, self.path, model.hash, CHUNK_BYTES, direct=self.align_log2 >= LARGE_ALIGN)
+        for batch in pieces(model.data, BATCH_BYTES):
+            sink.write(batch)
+        leaves = sink.finish()
+        if tree_root(model.hash, leaves).hex() != descriptor.data_root:
+            raise IntegrityError(model.model_id, "its encrypted data does not have its data_root")
+        self._end_model(header_offset, start, descriptor, leaves, sink.length)
 
     def _write_plain(
         self, model: ModelSource, draft: Descriptor, payloads: list[bytes], start: int

@@ -2,20 +2,23 @@
 
     BlobAnswer(store, blob, leaves, bucket, metrics)      body = await read_body(request, most_bytes, stall_s)
 
-Content goes out in pieces of 256 KiB straight from the page cache where it lies there (RWF_NOWAIT), else from a
-thread, so that one slow disk read delays one client only.
+Content goes out in pieces of 256 KiB straight from the page cache where it lies there (RWF_NOWAIT), else a thread reads
+it first, so that one slow disk read delays one client only. Over plain HTTP the kernel copies files to sockets itself.
 """
 
 import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
 from moestro.core.errors import RefusalError
 from moestro.ship.gate import Bucket, Message, Receive, Send
 from moestro.ship.metrics import Metrics
+from moestro.ship.objects import Opened
+from moestro.ship.sendfile import ZERO_COPY
 from moestro.ship.store import Blob, Store
 
 PIECE_BYTES = 256 << 10
@@ -70,20 +73,20 @@ class BlobAnswer:
             await _start(send, 206 if part else 200, common)
             return
         await send({"type": "http.response.start", "status": 206 if part else 200, "headers": common})
-        await self._send(start, stop, receive, send)
+        zero_copy = ZERO_COPY in scope.get("extensions", {})
+        await self._send(self._pieces(start, stop, zero_copy), receive, send)
 
-    async def _send(self, start: int, stop: int, receive: Receive, send: Send) -> None:
+    async def _send(self, pieces: AsyncIterator[tuple[Message, int]], receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            async for data in self._pieces(start, stop):
-                start += len(data)
-                while self.bucket and (wait_s := self.bucket.wait_s(len(data))):
+            async for message, count in pieces:
+                while self.bucket and (wait_s := self.bucket.wait_s(count)):
                     await asyncio.sleep(wait_s)
                 if gone.done():
                     raise ClientDisconnect
                 async with asyncio.timeout(self.stall_s):
-                    await send({"type": "http.response.body", "body": data, "more_body": start < stop})
-                self.metrics.sent.inc(len(data))
+                    await send(message)
+                self.metrics.sent.inc(count)
                 await asyncio.sleep(0)
         except TimeoutError:
             raise ClientDisconnect from None
@@ -92,16 +95,31 @@ class BlobAnswer:
             with contextlib.suppress(asyncio.CancelledError):
                 await gone
 
-    async def _pieces(self, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def _pieces(self, start: int, stop: int, zero_copy: bool) -> AsyncIterator[tuple[Message, int]]:
+        """Messages that carry the content, and how many bytes each carries."""
+        left = stop - start
         for key, begin, end in self.store.spans(self.blob, self.leaves, start, stop):
             opened = self.store.objects.opened(key, begin, end)
             try:
                 for at in range(begin, end, PIECE_BYTES):
                     last = min(at + PIECE_BYTES, end)
-                    data = opened.now(at, last)
-                    yield await asyncio.to_thread(opened.read, at, last) if data is None else data
+                    left -= last - at
+                    yield await _piece(opened, at, last, zero_copy) | {"more_body": left > 0}, last - at
             finally:
                 opened.close()
+
+
+async def _piece(opened: Opened, start: int, stop: int, zero_copy: bool) -> dict[str, Any]:
+    """The message for bytes [start, stop) of an object, which are in memory then."""
+    if not zero_copy or opened.handle is None:
+        data = opened.now(start, stop)
+        return {
+            "type": "http.response.body",
+            "body": await asyncio.to_thread(opened.read, start, stop) if data is None else data,
+        }
+    if not opened.here(start, stop):
+        await asyncio.to_thread(opened.read, start, stop)
+    return {"type": ZERO_COPY, "file": opened.handle, "offset": start, "count": stop - start}
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -220,11 +220,6 @@ class Stage:
         finally:
             os.close(handle)
 
-    def missing_bytes(self) -> int:
-        """What must be fetched; a chunk needed in several places counts once."""
-        blobs = self.blobs()
-        return sum(blobs[places[0].root].chunk_bytes(places[0].number) for places in self.wanted.values())
-
     def runs(self) -> list[list[Place]]:
         """The wanted chunks, first places only, consecutive ones together."""
         blobs, found = self.blobs(), list[list[Place]]()

@@ -45,6 +45,15 @@ class Objects(Protocol):
 class Opened(Protocol):
     """One object being read; close it."""
 
+    @property
+    def handle(self) -> int | None:
+        """An open file with the object's bytes, or None."""
+        ...
+
+    def here(self, start: int, stop: int) -> bool:
+        """True where bytes [start, stop) can be read without waiting for a disk or network."""
+        ...
+
     def now(self, start: int, stop: int) -> bytes | None:
         """Bytes [start, stop) without waiting for a disk or network; None where that is not possible."""
         ...
@@ -61,34 +70,36 @@ class OpenedFile:
 
     def __init__(self, path: str) -> None:
         try:
-            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"object {path} is missing: {error.strerror}") from error
         self._probe = bytearray(1)
 
-    def now(self, start: int, stop: int) -> bytes | None:
+    def here(self, start: int, stop: int) -> bool:
         """Where the last byte lies in the page cache, so do, as a rule, those before it."""
         if NO_WAIT is None:
-            return None
+            return False
         try:
-            if os.preadv(self._handle, (self._probe,), stop - 1, NO_WAIT) != 1:
-                return None
+            return os.preadv(self.handle, (self._probe,), stop - 1, NO_WAIT) == 1
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
-                return None
+                return False
             raise
-        return self.read(start, stop)
+
+    def now(self, start: int, stop: int) -> bytes | None:
+        """From the page cache."""
+        return self.read(start, stop) if self.here(start, stop) else None
 
     def read(self, start: int, stop: int) -> bytes:
         """All of it, or StorageError."""
-        data = os.pread(self._handle, stop - start, start)
+        data = os.pread(self.handle, stop - start, start)
         if len(data) != stop - start:
             raise StorageError("an object of the store is shorter than it was; run moestro collect-garbage --scrub")
         return data
 
     def close(self) -> None:
         """Let go."""
-        os.close(self._handle)
+        os.close(self.handle)
 
 
 NO_WAIT: int | None = getattr(os, "RWF_NOWAIT", None)
@@ -162,6 +173,12 @@ class Fetched:
     def __init__(self, objects: "S3Objects", key: str, start: int, stop: int) -> None:
         self._objects, self._key, self._start, self._stop = objects, key, start, stop
         self._data: bytes | None = None
+
+    handle = None
+
+    def here(self, start: int, stop: int) -> bool:
+        """Once it is here."""
+        return self._data is not None
 
     def now(self, start: int, stop: int) -> bytes | None:
         """Once it is here."""

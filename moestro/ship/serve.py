@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from moestro.core.errors import ConfigError
 from moestro.ship import tls
 from moestro.ship.app import make_app
+from moestro.ship.sendfile import offer
 from moestro.ship.settings import ServerSettings
 from moestro.ship.store import Store
 from moestro.ship.tokens import new_token
@@ -59,6 +60,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._head_timer.cancel()
         super().on_headers_complete()
+        if self.scheme == "http" and self.cycle is not None and self.cycle.scope is self.scope:
+            offer(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer.cancel()

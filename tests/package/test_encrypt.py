@@ -40,7 +40,7 @@ from moestro.package.encrypt import (
 from moestro.package.hashing import leaf_hashes
 from moestro.package.limits import CHUNK_BYTES
 from moestro.package.reader import ModelFile
-from moestro.package.reseal import decrypt, encrypt
+from moestro.package.reseal import decrypt, encrypt, rewrap
 from moestro.package.spans import Bytes
 
 DEK, SALT = bytes(range(32)), bytes(range(32, 64))
@@ -97,6 +97,50 @@ def test_encrypting_and_decrypting_a_package_gives_its_bytes_again(model: Path, 
     assert contents(tmp_path / "d") == contents(tmp_path / "p")
     with pytest.raises(FormatError, match="already"):
         encrypt(tmp_path / "e", tmp_path / "ee", [to])
+
+
+@pytest.mark.parametrize("kind", ["x25519", "mlkem768-x25519"])
+def test_8_2_5_rewrapping_changes_the_envelope_and_no_ciphertext(model: Path, tmp_path: Path, kind: str) -> None:
+    old, old_keys = receiver(tmp_path, "kek")
+    new, new_keys = receiver(tmp_path, kind)
+    release = Release(package_id="demo", sequence=3)
+    pack(model, tmp_path / "p", Options(release=release, to=[old], shard_bytes=10**5))
+    rewrap(tmp_path / "p", tmp_path / "r", old_keys, [new])
+    assert verify(tmp_path / "r", keys=new_keys).tensors == len(tensors())
+    with pytest.raises(DecryptionError):
+        verify(tmp_path / "r", keys=old_keys)
+    before, after = (sealed_bytes(tmp_path / name) for name in "pr")
+    assert before == after
+    assert len(before) > 1
+    unpack(tmp_path / "r", tmp_path / "out", keys=new_keys)
+    assert contents(tmp_path / "out") == contents(model)
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "r").rglob("*.ptm"))
+
+
+def sealed_bytes(package: Path) -> dict[str, bytes]:
+    """Ciphertext of each model file."""
+    found = {}
+    for path in package.rglob("*.ptm"):
+        with ModelFile.open(path) as file:
+            model = file.models[0]
+            found[path.name] = bytes(model.data.read(0, model.data.length))
+    return found
+
+
+def test_only_an_encrypted_package_is_rewrapped_and_only_with_its_key(model: Path, tmp_path: Path) -> None:
+    old, keys = receiver(tmp_path, "kek")
+    new, foreign = receiver(tmp_path, "x25519")
+    pack(model, tmp_path / "p", Options(release=Release(package_id="demo"), to=[old]))
+    with pytest.raises(DecryptionError):
+        rewrap(tmp_path / "p", tmp_path / "r", foreign, [new])
+    pack(model, tmp_path / "clear", Options(release=Release(package_id="demo")))
+    with pytest.raises(FormatError, match="not encrypted"):
+        rewrap(tmp_path / "clear", tmp_path / "r", keys, [new])
+    file = next((tmp_path / "p").rglob("*.ptm"))
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    with pytest.raises(PackageError):
+        rewrap(tmp_path / "p", tmp_path / "r", keys, [new])
+    assert not (tmp_path / "r").exists()
 
 
 def test_nothing_of_the_weights_stands_in_clear(model: Path, tmp_path: Path) -> None:

@@ -362,3 +362,27 @@ def test_a_damaged_store_is_scrubbed_and_healed_by_pushing_again(serve: Serve, m
     assert done.sent_bytes > 0
     pull(running.server(), "demo", tmp_path / "out", Guard(trust=None))
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_over_plain_http_files_reach_slow_and_leaving_clients(serve: Serve, tmp_path: Path) -> None:
+    """The kernel copies files to sockets by itself (`ship.sendfile`); full sockets are waited for."""
+    weights = {"w": np.random.default_rng(0).integers(0, 255, 12 << 20, np.uint8)}
+    pack(save_model(tmp_path / "model", weights), tmp_path / "p", Options(release=Release(package_id="demo")))
+    running = serve(plain=True)
+    push(running.server(), tmp_path / "p")
+    entry = max(Manifest.parse((tmp_path / "p" / MANIFEST).read_bytes()).files, key=lambda file: file.size)
+    right = (tmp_path / "p" / entry.path).read_bytes()
+    host, port = running.url.removeprefix("http://").split(":")
+    request = f"GET /v1/blobs/{entry.root} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {running.token}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as leaving:
+        leaving.sendall(request.encode())
+        leaving.recv(1 << 16)
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall((request * 2).encode())  # the second one is answered behind the first, on the same line
+        time.sleep(0.3)
+        with slow.makefile("rb") as lines:
+            for _ in range(2):
+                assert lines.readline() == b"HTTP/1.1 200 OK\r\n"
+                while lines.readline() != b"\r\n":
+                    pass
+                assert lines.read(len(right)) == right
