@@ -66,7 +66,7 @@ class Release:
 class Content:
     """One model and its descriptions."""
 
-    shards: Sequence[ModelSource] | Sequence[SealedSource]
+    shards: Sequence[ModelSource | SealedSource]
     """One per file, see `shards_of`."""
     management: dict[str, Any]
     technical: dict[str, Any]

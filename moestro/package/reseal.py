@@ -102,7 +102,7 @@ def release_of(manifest: Manifest) -> Release:
     )
 
 
-def _content(package: Package, model: ModelEntry, shards: Sequence[ModelSource] | Sequence[SealedSource]) -> Content:
+def _content(package: Package, model: ModelEntry, shards: Sequence[ModelSource | SealedSource]) -> Content:
     here = f"Meta-info/{model.model_id}"
     management = check_management(package.content(f"{here}/managementinfo.json"), model.model_id)
     technical = check_technical(package.content(f"{here}/technicalinfo.json"), model.model_id)
