@@ -69,7 +69,7 @@ class Report:
     @property
     def bits_a_weight(self) -> float:
         """What the update takes for each weight of the tensors that changed, descriptions included."""
-        return 8 * (self.update_bytes - self.carried) / max(1, self.weights)
+        return 8 * (self.update_bytes - self.carried) / self.weights if self.weights else 0.0
 
     @property
     def update_bytes(self) -> int:

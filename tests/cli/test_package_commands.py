@@ -62,10 +62,22 @@ def test_encrypted_packages(moestro: Moestro, tmp_path: Path, monkeypatch: pytes
     assert moestro("unpack", "e", "out")[0] == 1
     good(moestro("decrypt", "e", "d", "--key", "key"))
     assert contents(tmp_path / "d") == contents(tmp_path / "p")
+    good(moestro("keygen", "next", "--kind", "x25519"))
+    good(moestro("encrypt", "--rewrap", "e", "f", "--key", "key", "--to", "next.pub"))
+    good(moestro("decrypt", "f", "d2", "--key", "next"))
+    assert contents(tmp_path / "d2") == contents(tmp_path / "p")
     monkeypatch.setenv("MOESTRO_PASSWORD", "secret")
     good(moestro("pack", "m", "w", "--to", "password"))
     good(moestro("unpack", "w", "out"))
     assert contents(tmp_path / "out") == contents(tmp_path / "m")
+
+
+def test_a_signature_for_model_signing(moestro: Moestro, tmp_path: Path) -> None:
+    save_model(tmp_path / "m", tensors())
+    good(moestro("pack", "m", "p"))
+    good(moestro("keygen", "key", "--kind", "p256"))
+    assert "model_signing verify key p" in good(moestro("to-model-signing", "p", "p.sig", "--key", "key"))
+    assert (tmp_path / "p.sig").stat().st_size
 
 
 def test_inspect_and_verify_speak_json(moestro: Moestro, tmp_path: Path) -> None:
