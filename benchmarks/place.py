@@ -247,6 +247,8 @@ def replays(args: argparse.Namespace) -> list[Row]:
     }
     rows = []
     for net, cluster in nets.items():
+        if args.network and net not in args.network:
+            continue
         for name, load_NSE in all_streams(args.samples, 8, 32):
             if args.stream and name not in args.stream:
                 continue
@@ -265,6 +267,8 @@ def replays(args: argparse.Namespace) -> list[Row]:
             }
             row: Row = {"network": net, "stream": name, "experts": experts, "steps": total}
             for policy_name, (policy, every) in policies.items():
+                if args.policy and policy_name not in args.policy:
+                    continue
                 began = time.perf_counter()
                 found = replay(layer, list(load_NSE), policy, STEPS_PER_SAMPLE, every)
                 row[policy_name] = summary(found, time.perf_counter() - began)
@@ -290,8 +294,10 @@ def show_replay(row: Row) -> None:
         for name, v in row.items()
         if isinstance(v, dict)
     )
-    gain = 1 - row["ours"]["total_s"] / row["gated spread"]["total_s"]
-    print(f"{row['network']:13s} {row['stream']:9s} {text}  gain over gated {100 * gain:.1f} %", flush=True)
+    print(f"{row['network']:13s} {row['stream']:9s} {text}", end="")
+    if "ours" in row and "gated spread" in row:
+        print(f"  gain over gated {100 * (1 - row['ours']['total_s'] / row['gated spread']['total_s']):.1f} %", end="")
+    print(flush=True)
 
 
 def record(_: argparse.Namespace) -> list[Row]:
@@ -343,6 +349,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--stream", nargs="*", default=[])
+    parser.add_argument("--network", nargs="*", default=[])
+    parser.add_argument("--policy", nargs="*", default=[], help="of replay; all where none is named")
     parser.add_argument("--long", type=float, default=450.0, help="effort of the long search in midsize")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

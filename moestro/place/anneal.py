@@ -3,8 +3,8 @@
     state -> anneal -> the same state, better
 
 Simulated annealing (Kirkpatrick et al. 1983) with a number of moves, not a clock, and a random generator of its own:
-the same input gives the same answer on every machine. Each move takes the flows of its one or two experts out,
-changes their replicas and splits them anew (`state.put`); a refused move is undone from a copy.
+the same input gives the same answer on every machine. Each move changes replicas of one or two experts
+and splits these anew (`state.put`); a refused move is undone from a copy.
 """
 
 from math import exp
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moestro.place.compiled import compiled
-from moestro.place.state import MOST_REPLICAS, Fixed, Floats, Ints, State, hold, norm, potential, put, take
+from moestro.place.state import MOST_REPLICAS, Fixed, Floats, Ints, State, drop, hold, norm, potential, put
 
 
 class Schedule(NamedTuple):
@@ -33,8 +33,7 @@ class Schedule(NamedTuple):
 class Undo(NamedTuple):
     """What one move may change, before it."""
 
-    link_L: Floats
-    device_G: Floats
+    load_N: Floats
     sync_L: Floats
     move_L: Floats
     share_2AP: Floats
@@ -48,8 +47,7 @@ def empty_undo(fixed: Fixed) -> Undo:
     sources, devices, links, hosts = *fixed.route_AGR.shape[:2], len(fixed.link_cost_L), len(fixed.upper_HHR)
     most = min(devices, MOST_REPLICAS)
     return Undo(
-        link_L=np.zeros(links),
-        device_G=np.zeros(devices),
+        load_N=np.zeros(links + devices),
         sync_L=np.zeros(links),
         move_L=np.zeros(links),
         share_2AP=np.zeros((2, sources, most)),
@@ -75,8 +73,7 @@ def scale_of(state: State, doublings: int) -> tuple[float, float, int]:
 
 @compiled
 def _remember(state: State, undo: Undo, first: int, second: int, dedup: bool) -> None:
-    undo.link_L[:] = state.link_L
-    undo.device_G[:] = state.device_G
+    undo.load_N[:] = state.load_N
     undo.sync_L[:] = state.sync_L
     undo.move_L[:] = state.move_L
     for number, expert in enumerate((first, second)):
@@ -89,21 +86,23 @@ def _remember(state: State, undo: Undo, first: int, second: int, dedup: bool) ->
 
 
 @compiled
-def _restore(fixed: Fixed, state: State, undo: Undo, first: int, second: int) -> None:
-    for expert in (first, second):  # both leave before either comes back: slots are full
-        for place in range(state.count_E[expert] - 1, -1, -1):
-            hold(fixed, state, expert, state.replica_EP[expert, place], -1)
+def _restore(
+    fixed: Fixed, state: State, undo: Undo, first: int, second: int, changed: tuple[int, int, int, int]
+) -> None:
+    """Take a move back; changed = (entered, left) of both experts."""
+    for expert, entered in ((first, changed[0]), (second, changed[2])):
+        if entered >= 0:
+            hold(fixed, state, expert, entered, -1)
+    for expert, left in ((first, changed[1]), (second, changed[3])):
+        if left >= 0:
+            hold(fixed, state, expert, left, 1)
     for number, expert in enumerate((first, second)):
-        if number == 1 and second == first:
-            break
         count = undo.count_2[number]
-        for place in range(count):
-            hold(fixed, state, expert, undo.replica_2P[number, place], 1)
+        state.replica_EP[expert, :count] = undo.replica_2P[number, :count]
         state.share_EAP[expert, :, :count] = undo.share_2AP[number, :, :count]
         if fixed.dedup:
             state.host_share_EHH[expert] = undo.host_share_2HH[number]
-    state.link_L[:] = undo.link_L
-    state.device_G[:] = undo.device_G
+    state.load_N[:] = undo.load_N
     state.sync_L[:] = undo.sync_L
     state.move_L[:] = undo.move_L
 
@@ -164,12 +163,9 @@ def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int
         other = first if second < 0 else second
         _remember(state, undo, first, other, fixed.dedup)
         new_before = state.new_1[0]
-        take(fixed, state, first)
-        if other != first:
-            take(fixed, state, other)
         for expert, out in ((first, leaves), (second, leaves2)):
             if out >= 0:
-                hold(fixed, state, expert, out, -1)
+                drop(fixed, state, expert, out)
         for expert, into in ((first, enters), (second, enters2)):
             if into >= 0:
                 hold(fixed, state, expert, into, 1)
@@ -183,7 +179,7 @@ def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int
             current = found
             scale = scale_of(state, schedule.doublings)
         else:
-            _restore(fixed, state, undo, first, other)
+            _restore(fixed, state, undo, first, other, (enters, leaves, enters2, leaves2))
     return current
 
 
@@ -194,5 +190,4 @@ def sweep(fixed: Fixed, state: State, times: int, portions: int, doublings: int)
     for _ in range(times):
         for expert in order_E:
             scale = scale_of(state, doublings)
-            take(fixed, state, expert)
             put(fixed, state, expert, portions, scale)

@@ -96,9 +96,9 @@ class Layer:
     def nearest_EG(self) -> Ints:
         """The holder that a device would copy an expert from; -1 where it holds it."""
         rate_GG = self.links.path_bytes_per_s_GG
-        found_EG = np.empty(self.held_EG.shape, np.int64)
-        for expert, held_G in enumerate(self.held_EG):
-            holders = np.flatnonzero(held_G)
+        found_EG = np.repeat(self.held_EG.argmax(axis=1)[:, None], len(rate_GG), axis=1)
+        for expert in np.flatnonzero(self.held_EG.sum(axis=1) > 1):
+            holders = np.flatnonzero(self.held_EG[expert])
             found_EG[expert] = holders[np.argmax(rate_GG[holders], axis=0)]
         return np.where(self.held_EG, -1, found_EG)
 
@@ -181,9 +181,11 @@ class StepTime:
 def step_time(layer: Layer, placement: Placement) -> StepTime:
     """What a step takes."""
     rate_L = layer.links.bytes_per_s_L
-    load_G = placement.flow_SG(layer.token_SE).sum(axis=0)
+    flow_SG = placement.flow_SG(layer.token_SE)
+    load_G = flow_SG.sum(axis=0)
     return StepTime(
-        exchange_s=layer.exchanges * _longest(exchange_bytes(layer, placement) / layer.links.exchange_bytes_per_s_L),
+        exchange_s=layer.exchanges
+        * _longest(_dispatched_bytes(layer, placement, flow_SG) / layer.links.exchange_bytes_per_s_L),
         compute_s=layer.passes * _longest(load_G / layer.tokens_per_s_G),
         sync_s=layer.sync_share * _longest(sync_bytes(layer, placement.held_EG) / rate_L),
         move_s=_longest(move_bytes(layer, placement.held_EG) / rate_L) / layer.horizon_steps,
@@ -197,8 +199,12 @@ def _longest(seconds_N: Floats) -> float:
 
 def exchange_bytes(layer: Layer, placement: Placement) -> Floats:
     """Bytes of one dispatch on every link; the combine takes the same ways back."""
+    return _dispatched_bytes(layer, placement, placement.flow_SG(layer.token_SE))
+
+
+def _dispatched_bytes(layer: Layer, placement: Placement, flow_SG: Floats) -> Floats:
     links = layer.links
-    bytes_L = links.sums(placement.flow_SG(layer.token_SE)) * layer.token_bytes
+    bytes_L = links.sums(flow_SG) * layer.token_bytes
     if layer.sets:
         bytes_L[links.above_L] = _merged_bytes(layer, placement)[links.above_L]
     return bytes_L

@@ -15,7 +15,6 @@ from moestro.cluster.links import Links
 from moestro.place.cost import Layer, Placement, step_time
 from moestro.place.policy import FADING, MARGIN, Reason, Verdict, decide, life_steps, trust
 from moestro.place.predict import Predictor
-from moestro.place.prepare import NO_LIMIT
 from moestro.place.solve import solve, split
 
 
@@ -57,9 +56,8 @@ class Gated:
     total_steps: int
     budget_share: float = 0.15
     """Most slots that one plan may copy."""
-    afresh_every: int = 25
-    """Samples between searches that may move everything."""
-    effort: float = 0.5
+    effort: float = 1.0
+    """Of either search; see `solve`."""
     predictor: Predictor | None = None
     verdicts: list[Verdict] = field(default_factory=list)
 
@@ -89,8 +87,9 @@ class Gated:
         now_s = step_time(expected, stay).total_s
         nothing = Verdict(move=False, reason=Reason.SAME, saved_s=0.0, cost_s=0.0, life_steps=life)
         best, chosen = Plan(placement=stay, verdict=nothing, now_s=now_s, planned_s=now_s, moved=0), 0.0
-        for most_new in self._budgets(layer, sample):
-            answer = solve(expected, effort=self.effort, gentle=most_new is not None, most_new=most_new or NO_LIMIT)
+        most_new = max(int(self.budget_share * layer.slot_G.sum()), 1)
+        for gentle in (True, False):  # near the placement in force, and as far away as the budget goes
+            answer = solve(expected, effort=self.effort, gentle=gentle, most_new=most_new)
             planned_s = answer.time.total_s - answer.time.move_s
             verdict = decide(
                 now_s=now_s,
@@ -108,8 +107,3 @@ class Gated:
             elif not best.verdict.move and planned_s < best.planned_s:
                 best = replace(best, verdict=verdict, planned_s=planned_s)
         return best
-
-    def _budgets(self, layer: Layer, sample: int) -> list[int | None]:
-        """A few replicas every time; now and then, and at first, a search without limit."""
-        few: int | None = max(int(self.budget_share * layer.slot_G.sum()), 1)
-        return [few, None] if sample % self.afresh_every == 0 else [few]

@@ -2,7 +2,7 @@
 
     now, planned, moving, drift, error -> decide -> Verdict
 
-A plan is taken when what it saves over its life exceeds what moving costs, with a margin for the prediction's error.
+A plan is taken when what it saves over its life, discounted by the prediction's error, exceeds what moving costs.
 Its life is how long the loads it was made for last: until drift has carried off HALF of them, never beyond the end of
 training, and never longer than the loads were watched. Shares may always be refitted: that moves nothing.
 """
@@ -15,8 +15,8 @@ HALF = 0.5
 LONGEST_STEPS = 2000.0
 LEAST_GAIN = 0.02
 """Share of the step below which nothing is moved."""
-MARGIN = 1.5
-"""How much more than its cost a move must save."""
+MARGIN = 1.0
+"""How many times its cost a move must save: a fading gain, discounted by the prediction's error, is caution enough."""
 FADING = 0.5
 """Mean of a gain over its life, at whose end it is gone."""
 

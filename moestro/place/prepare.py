@@ -38,19 +38,24 @@ def fixed_arrays(layer: Layer, most_new: int = NO_LIMIT, serial: bool = False) -
     group_S = group_sources(links)
     token_AE = np.zeros((int(group_S.max()) + 1, layer.token_SE.shape[1]))
     np.add.at(token_AE, group_S, layer.token_SE)
-    route_AGR, part_AGR = _grouped_routes(_Keyed(links), bool(layer.sets))
+    route_AGR, part_AGR, way_AGW, part_AGW = _grouped_routes(_Keyed(links), bool(layer.sets))
     first_G = np.array([int(np.argmax(links.host_G == host)) for host in range(links.hosts)])
-    upper_GGR = np.where((links.route_GGR >= 0) & links.above_L[links.route_GGR], links.route_GGR, -1)
-    upper_HHR = -np.sort(-upper_GGR[np.ix_(first_G, first_G)], axis=2)
+    upper_HHR = links.route_GGR[np.ix_(first_G, first_G)]
+    upper_HHR = -np.sort(-np.where((upper_HHR >= 0) & links.above_L[upper_HHR], upper_HHR, -1), axis=2)
     start_EH, stop_EH, type_X, expert_TK, token_T = _token_types(layer)
     rate_L = links.bytes_per_s_L
+    link_cost_L = layer.exchanges * layer.token_bytes / links.exchange_bytes_per_s_L
+    device_cost_G = layer.passes / layer.tokens_per_s_G
+    weight_AGW = part_AGW * np.append(link_cost_L, device_cost_G)[way_AGW]
     return Fixed(
         token_AE=token_AE,
         even_tokens=max(float(token_AE.mean()), 1e-30),
         route_AGR=route_AGR,
         part_AGR=part_AGR,
-        link_cost_L=layer.exchanges * layer.token_bytes / links.exchange_bytes_per_s_L,
-        device_cost_G=layer.passes / layer.tokens_per_s_G,
+        way_AGW=way_AGW,
+        weight_AGW=weight_AGW,
+        link_cost_L=link_cost_L,
+        device_cost_G=device_cost_G,
         slot_G=np.ascontiguousarray(layer.slot_G, np.int64),
         pair_route_GGR=np.ascontiguousarray(links.route_GGR),
         sync_cost_L=layer.sync_share * layer.gradient_bytes / rate_L,
@@ -85,8 +90,11 @@ class _Keyed:
 
 
 @lru_cache(maxsize=4)
-def _grouped_routes(keyed: _Keyed, without_above: bool) -> tuple[Ints, Floats]:
-    """route_AGR and the share of the group's tokens on each link; links of one source alone are left out of groups."""
+def _grouped_routes(keyed: _Keyed, without_above: bool) -> tuple[Ints, Floats, Ints, Floats]:
+    """route_AGR and the share of the group's tokens on each link, and both with the device before the route.
+
+    Links of one source alone are left out of groups.
+    """
     links = keyed.links
     route_GGR = links.route_GGR
     if without_above:
@@ -105,7 +113,9 @@ def _grouped_routes(keyed: _Keyed, without_above: bool) -> tuple[Ints, Floats]:
     route_AGR, part_AGR = np.full((sources, devices, longest), -1, np.int64), np.ones((sources, devices, longest))
     route_AGR.reshape(-1, longest)[pair, column] = link
     part_AGR.reshape(-1, longest)[pair, column] = users / size_A[pair // devices]
-    return route_AGR, part_AGR
+    device_AG1 = np.broadcast_to(total + np.arange(devices)[:, None], (sources, devices, 1))
+    way_AGW = np.concatenate([device_AG1, route_AGR], axis=2)
+    return route_AGR, part_AGR, way_AGW, np.concatenate([np.ones((sources, devices, 1)), part_AGR], axis=2)
 
 
 def _token_types(layer: Layer) -> tuple[Ints, Ints, Ints, Ints, Floats]:
@@ -193,10 +203,12 @@ def placement_of(layer: Layer, state: State) -> Placement:
     most = int(state.count_E.max())
     place_EP = np.arange(most) < state.count_E[:, None]
     device_EP = np.where(place_EP, state.replica_EP[:, :most], -1)
-    share_AEP = np.where(place_EP, state.share_EAP[:, :, :most].transpose(1, 0, 2), 0.0)
-    none_AE = share_AEP.sum(axis=2) == 0
-    share_AEP = np.where(none_AE[:, :, None], place_EP / state.count_E[:, None], share_AEP)
-    share_AEP /= share_AEP.sum(axis=2, keepdims=True)
+    share_EAP = state.share_EAP[:, :, :most] * place_EP[:, None, :]
+    total_EA = share_EAP.sum(axis=2)
+    expert_N, source_N = np.nonzero(total_EA == 0)
+    share_EAP[expert_N, source_N] = place_EP[expert_N]
+    total_EA[expert_N, source_N] = state.count_E[expert_N]
+    share_AEP = np.ascontiguousarray((share_EAP / total_EA[:, :, None]).transpose(1, 0, 2))
     return Placement(
         device_EP=device_EP, share_AEP=share_AEP, group_S=group_sources(layer.links), devices=layer.links.devices
     )

@@ -22,7 +22,7 @@ DOUBLINGS = 4
 """Norms with p = 16 while searching."""
 FINE_DOUBLINGS = 6
 """p = 64 for the last split."""
-WORK = 21_000.0
+WORK = 20_000.0
 """Microseconds of search on one core of the machine in docs/placement.md."""
 POLISH = 0.3
 """Share of the moves for the last search."""
@@ -84,7 +84,7 @@ def spread_start(layer: Layer) -> NDArray[np.bool_]:
 def _plan(layer: Layer, fixed: Fixed, moves: int, gentle: bool) -> tuple[Schedule, int]:
     """How to search, and from how many starts: two where there are moves enough."""
     per_slot = moves / max(int(fixed.slot_G.sum()), 1)
-    hot = 0.001 if gentle else float(np.clip(0.03 * (per_slot / 60) ** 1.5, 0.001, 0.03))
+    hot = 0.001 if gentle else float(np.clip(0.03 * (per_slot / 150) ** 2, 0.0005, 0.03))
     portions = 4 if len(fixed.token_AE) <= SEPARATE else 1
     costly = bool(layer.gradient_bytes or layer.state_bytes or layer.sets)
     return Schedule(moves, hot, 0.0005, DOUBLINGS, portions, costly), 2 if per_slot > 40 and not gentle else 1
@@ -114,9 +114,9 @@ def _finish(fixed: Fixed, state: State) -> None:
     if _large(fixed):
         sweep(fixed, state, 1, 1, DOUBLINGS)
         return
-    separate = len(fixed.token_AE) <= SEPARATE
-    sweep(fixed, state, 1, 16 if separate else 2, DOUBLINGS)
-    sweep(fixed, state, 2 if separate else 1, 16 if separate else 2, FINE_DOUBLINGS)
+    times, portions = (4, 32) if len(fixed.token_AE) <= SEPARATE else (1, 4)
+    for doublings in range(DOUBLINGS, FINE_DOUBLINGS + 1):
+        sweep(fixed, state, times, portions, doublings)
 
 
 def _moves(fixed: Fixed, effort: float, start_EG: NDArray[np.bool_]) -> int:
@@ -124,13 +124,11 @@ def _moves(fixed: Fixed, effort: float, start_EG: NDArray[np.bool_]) -> int:
 
     A move touches an expert in proportion to its replicas and pays for each of them again.
     """
-    sources, _, places = fixed.route_AGR.shape
     count_E = start_EG.sum(axis=1)
     replicas = float((count_E**2).sum() / count_E.sum())
-    separate = sources == len(fixed.slot_G)
-    one = 0.5 + 0.04 * len(fixed.link_cost_L) + (0.1 if separate else 0.06) * sources * places * replicas
-    one *= 1.8 if fixed.dedup else 1.0
-    share = 0.2 if _large(fixed) else 1.0 if separate else 0.7
+    one = 1.5 + 0.015 * len(fixed.link_cost_L) + 0.16 * len(fixed.token_AE) * replicas**0.5
+    one *= 4.0 if fixed.dedup else 1.0
+    share = 0.3 if _large(fixed) else 1.0
     return max(int(effort * share * WORK / one * (1.0 if COMPILED else ONLY_PYTHON)), 50)
 
 

@@ -8,6 +8,7 @@ relieving the second-busiest counts too. `put` splits an expert's tokens by wate
 replica where the norms grow least, with everything else where it is.
 
 Dimension key:  A sources (devices, or hosts taken together)   E experts   G devices   L links   R places of a route
+                N links and devices   W places of a way: a device and a route
                 P replicas of an expert   C experts on a device   H hosts   T token types (a host and a set of experts)
                 K experts of a type
 """
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moestro.place.compiled import compiled
+from moestro.place.compiled import compiled, inlined
 
 MOST_REPLICAS = 64
 """Of one expert, where there are more devices."""
@@ -35,6 +36,10 @@ class Fixed(NamedTuple):
     route_AGR: Ints
     part_AGR: Floats
     """Share of the tokens from A to G that uses the link: below 1 where A is a group and G one of it."""
+    way_AGW: Ints
+    """All that tokens from A to G load, as numbers in `State.load_N`: the device, then the links of the route."""
+    weight_AGW: Floats
+    """Seconds of a step per token on each of them."""
     link_cost_L: Floats
     """Seconds of a step per token through the link."""
     device_cost_G: Floats
@@ -75,6 +80,8 @@ class State(NamedTuple):
     share_EAP: Floats
     """By place in replica_EP."""
     used_G: Ints
+    load_N: Floats
+    """Links, then devices; the next two are parts of it."""
     link_L: Floats
     device_G: Floats
     sync_L: Floats
@@ -89,7 +96,7 @@ def empty_state(fixed: Fixed) -> State:
     """No expert placed, nothing loaded."""
     sources, experts = fixed.token_AE.shape
     devices, links, hosts = len(fixed.slot_G), len(fixed.link_cost_L), len(fixed.upper_HHR)
-    most = min(devices, MOST_REPLICAS)
+    most, load_N = min(devices, MOST_REPLICAS), np.zeros(links + devices)
     return State(
         replica_EP=np.full((experts, most), -1, np.int64),
         count_E=np.zeros(experts, np.int64),
@@ -97,8 +104,9 @@ def empty_state(fixed: Fixed) -> State:
         resident_GC=np.full((devices, max(int(fixed.slot_G.max()), 1)), -1, np.int64),
         share_EAP=np.zeros((experts, sources, most)),
         used_G=np.zeros(devices, np.int64),
-        link_L=np.zeros(links),
-        device_G=np.zeros(devices),
+        load_N=load_N,
+        link_L=load_N[:links],
+        device_G=load_N[links:],
         sync_L=np.zeros(links),
         move_L=np.zeros(links),
         new_1=np.zeros(1, np.int64),
@@ -106,7 +114,7 @@ def empty_state(fixed: Fixed) -> State:
     )
 
 
-@compiled
+@inlined
 def power(value: float, doublings: int) -> float:
     """value ** (2 ** doublings), doublings at least 4."""
     value *= value
@@ -118,7 +126,7 @@ def power(value: float, doublings: int) -> float:
     return value
 
 
-@compiled
+@inlined
 def norm(load_N: Floats, doublings: int) -> float:
     """The p-norm for p = 2 ** doublings, scaled so that nothing overflows."""
     top = 0.0
@@ -142,18 +150,17 @@ def potential(fixed: Fixed, state: State, doublings: int) -> float:
     return time_s + norm(state.sync_L, doublings) + norm(state.move_L, doublings)
 
 
-@compiled
-def flow(fixed: Fixed, state: State, expert: int, source: int, device: int, tokens: float) -> None:
-    """Add tokens (or take them away) on the links and the device."""
-    state.device_G[device] += tokens * fixed.device_cost_G[device]
-    for place in range(fixed.route_AGR.shape[2]):
-        link = fixed.route_AGR[source, device, place]
-        if link < 0:
+@inlined
+def flow(load_N: Floats, way_AGW: Ints, weight_AGW: Floats, source: int, device: int, tokens: float) -> None:
+    """Add tokens (or take them away) on the device and on the links to it."""
+    for place in range(way_AGW.shape[2]):
+        carrier = way_AGW[source, device, place]
+        if carrier < 0:
             break
-        state.link_L[link] += tokens * fixed.part_AGR[source, device, place] * fixed.link_cost_L[link]
+        load_N[carrier] += tokens * weight_AGW[source, device, place]
 
 
-@compiled
+@inlined
 def other_share(fixed: Fixed, state: State, kind: int, expert: int, at: int, to: int) -> float:
     """Largest share of the type's other experts that host `at` sends to host `to`: those tokens go there anyway."""
     largest = 0.0
@@ -165,8 +172,8 @@ def other_share(fixed: Fixed, state: State, kind: int, expert: int, at: int, to:
 
 
 @compiled
-def merge(fixed: Fixed, state: State, expert: int, sign: float) -> None:
-    """Add (or take away) the expert's part of the traffic above hosts, one copy per token and host."""
+def merge(fixed: Fixed, state: State, expert: int) -> None:
+    """Add the expert's part of the traffic above hosts, one copy per token and host."""
     hosts = fixed.upper_HHR.shape[0]
     for at in range(hosts):
         for to in range(hosts):
@@ -183,26 +190,10 @@ def merge(fixed: Fixed, state: State, expert: int, sign: float) -> None:
                 link = fixed.upper_HHR[at, to, place]
                 if link < 0:
                     break
-                state.link_L[link] += sign * tokens * fixed.link_cost_L[link]
+                state.link_L[link] += tokens * fixed.link_cost_L[link]
 
 
-@compiled
-def take(fixed: Fixed, state: State, expert: int) -> None:
-    """Remove an expert's flows; its shares stay to be read."""
-    for source in range(fixed.token_AE.shape[0]):
-        tokens = fixed.token_AE[source, expert]
-        if tokens > 0.0:
-            for place in range(state.count_E[expert]):
-                device = state.replica_EP[expert, place]
-                share = state.share_EAP[expert, source, place]
-                if share > 0.0:
-                    flow(fixed, state, expert, source, device, -tokens * share)
-    if fixed.dedup:
-        merge(fixed, state, expert, -1.0)
-        state.host_share_EHH[expert] = 0.0
-
-
-@compiled
+@inlined
 def crossing(fixed: Fixed, state: State, expert: int, at: int, to: int) -> float:
     """Share of the expert's tokens at host `at` for which one more at host `to` means a copy more."""
     share = state.host_share_EHH[expert, at, to]
@@ -215,67 +206,133 @@ def crossing(fixed: Fixed, state: State, expert: int, at: int, to: int) -> float
     return new / every
 
 
-@compiled
+@inlined
 def growth(
-    fixed: Fixed, state: State, expert: int, source: int, device: int, tokens: float, scale: tuple[float, float, int]
+    load_N: Floats,
+    way_AGW: Ints,
+    weight_AGW: Floats,
+    source: int,
+    device: int,
+    tokens: float,
+    scale: tuple[float, float, int],
 ) -> float:
     """How much the norms grow when these tokens go there, by their slope halfway.
 
     scale  1 / the links' norm, 1 / the devices' norm, doublings
     """
-    per_link, per_device, doublings = scale
-    more = tokens * fixed.device_cost_G[device]
-    found = power((state.device_G[device] + 0.5 * more) * per_device, doublings) * more
-    for place in range(fixed.route_AGR.shape[2]):
-        link = fixed.route_AGR[source, device, place]
+    per_norm, found = scale[1], 0.0
+    for place in range(way_AGW.shape[2]):
+        carrier = way_AGW[source, device, place]
+        if carrier < 0:
+            break
+        more = tokens * weight_AGW[source, device, place]
+        found += power((load_N[carrier] + 0.5 * more) * per_norm, scale[2]) * more
+        per_norm = scale[0]
+    return found
+
+
+@compiled
+def copies_growth(
+    fixed: Fixed, state: State, expert: int, source: int, device: int, tokens: float, scale: tuple[float, float, int]
+) -> float:
+    """The same for links above hosts, where tokens travel once per host."""
+    at, to = fixed.host_A[source], fixed.host_G[device]
+    if at == to:
+        return 0.0
+    per_link, _, doublings = scale
+    copies, found = tokens * crossing(fixed, state, expert, at, to), 0.0
+    for place in range(fixed.upper_HHR.shape[2]):
+        link = fixed.upper_HHR[at, to, place]
         if link < 0:
             break
-        more = tokens * fixed.part_AGR[source, device, place] * fixed.link_cost_L[link]
+        more = copies * fixed.link_cost_L[link]
         found += power((state.link_L[link] + 0.5 * more) * per_link, doublings) * more
-    if fixed.dedup and fixed.host_A[source] != fixed.host_G[device]:
-        at, to = fixed.host_A[source], fixed.host_G[device]
-        copies = tokens * crossing(fixed, state, expert, at, to)
-        for place in range(fixed.upper_HHR.shape[2]):
-            link = fixed.upper_HHR[at, to, place]
-            if link < 0:
-                break
-            more = copies * fixed.link_cost_L[link]
-            found += power((state.link_L[link] + 0.5 * more) * per_link, doublings) * more
     return found
 
 
 @compiled
 def put(fixed: Fixed, state: State, expert: int, portions: int, scale: tuple[float, float, int]) -> None:
-    """Split an expert's tokens over its replicas, portion by portion, and add the flows.
+    """Split an expert's tokens anew over its replicas, source by source and portion by portion.
+
+    One source's flows are taken out at a time, with those of all others where they are: each makes room for the rest.
+
+    Costs only grow while tokens are added, so an older one is a lower bound: a replica is weighed again only when it
+    is the cheapest by what is known of it.
 
     portions  most for one source; few tokens go in fewer
     """
-    replicas = state.count_E[expert]
-    state.share_EAP[expert, :, :replicas] = 0.0
-    host_token_H = np.zeros(fixed.upper_HHR.shape[0] if fixed.dedup else 0)
-    if fixed.dedup:
-        for source in range(fixed.token_AE.shape[0]):
-            host_token_H[fixed.host_A[source]] += fixed.token_AE[source, expert]
-    even = fixed.even_tokens
-    for source in range(fixed.token_AE.shape[0]):
-        tokens = fixed.token_AE[source, expert]
-        if tokens <= 0.0:
+    load_N, share_EAP, replica_EP, replicas = state.load_N, state.share_EAP, state.replica_EP, state.count_E[expert]
+    token_AE, way_AGW, weight_AGW, dedup = fixed.token_AE, fixed.way_AGW, fixed.weight_AGW, fixed.dedup
+    host_token_H = _host_tokens(fixed, expert)
+    least_P, when_P = np.empty(replicas), np.empty(replicas, np.int64)
+    for source in range(token_AE.shape[0]):
+        tokens = token_AE[source, expert]
+        if tokens <= 0.0 or (replicas == 1 and share_EAP[expert, source, 0] == 1.0):
             continue
-        steps = 1 if replicas == 1 else min(portions, 1 + int(0.5 * portions * tokens / even))
-        for _ in range(steps):
-            chosen, least = 0, np.inf
-            for place in range(replicas if replicas > 1 else 0):
-                device = state.replica_EP[expert, place]
-                cost = growth(fixed, state, expert, source, device, tokens / steps, scale)
-                if cost < least:
-                    chosen, least = place, cost
-            state.share_EAP[expert, source, chosen] += 1.0 / steps
-            best = state.replica_EP[expert, chosen]
-            flow(fixed, state, expert, source, best, tokens / steps)
+        steps = 1 if replicas == 1 else min(portions, 1 + int(0.5 * portions * tokens / fixed.even_tokens))
+        portion, part = tokens / steps, 1.0 / steps
+        for place in range(replicas):
+            share, device = share_EAP[expert, source, place], replica_EP[expert, place]
+            if share > 0.0:
+                share_EAP[expert, source, place] = 0.0
+                flow(load_N, way_AGW, weight_AGW, source, device, -tokens * share)
+                if dedup:
+                    _serve(fixed, state, expert, source, device, -tokens * share / host_token_H[fixed.host_A[source]])
+        least_P[:] = 0.0
+        when_P[:] = -1
+        for step in range(steps):
+            chosen = 0
+            while replicas > 1:
+                chosen = _least_place(least_P)
+                if when_P[chosen] == step:
+                    break
+                device = replica_EP[expert, chosen]
+                least_P[chosen] = growth(load_N, way_AGW, weight_AGW, source, device, portion, scale)
+                if dedup:
+                    least_P[chosen] += copies_growth(fixed, state, expert, source, device, portion, scale)
+                when_P[chosen] = step
+            share_EAP[expert, source, chosen] += part
+            best = replica_EP[expert, chosen]
+            flow(load_N, way_AGW, weight_AGW, source, best, portion)
+            if dedup:
+                _serve(fixed, state, expert, source, best, portion / host_token_H[fixed.host_A[source]])
+
+
+@compiled
+def drop(fixed: Fixed, state: State, expert: int, device: int) -> None:
+    """Give a replica up with its flows; what it served is nobody's until `put`."""
+    host_token_H, last, place = _host_tokens(fixed, expert), state.count_E[expert] - 1, 0
+    load_N, share_EAP, token_AE = state.load_N, state.share_EAP, fixed.token_AE
+    way_AGW, weight_AGW = fixed.way_AGW, fixed.weight_AGW
+    while state.replica_EP[expert, place] != device:
+        place += 1
+    for source in range(token_AE.shape[0]):
+        tokens = token_AE[source, expert] * share_EAP[expert, source, place]
+        if tokens > 0.0:
+            flow(load_N, way_AGW, weight_AGW, source, device, -tokens)
             if fixed.dedup:
-                at, to = fixed.host_A[source], fixed.host_G[best]
-                if at != to:
-                    _grow_host_share(fixed, state, expert, at, to, tokens / steps / host_token_H[at])
+                _serve(fixed, state, expert, source, device, -tokens / host_token_H[fixed.host_A[source]])
+        share_EAP[expert, source, place] = share_EAP[expert, source, last]
+        share_EAP[expert, source, last] = 0.0
+    hold(fixed, state, expert, device, -1)
+
+
+@compiled
+def _host_tokens(fixed: Fixed, expert: int) -> Floats:
+    """Tokens of every host for the expert; empty where copies are not merged."""
+    host_token_H = np.zeros(fixed.upper_HHR.shape[0] if fixed.dedup else 0)
+    for source in range(fixed.token_AE.shape[0] if fixed.dedup else 0):
+        host_token_H[fixed.host_A[source]] += fixed.token_AE[source, expert]
+    return host_token_H
+
+
+@inlined
+def _least_place(least_P: Floats) -> int:
+    chosen = 0
+    for place in range(1, len(least_P)):
+        if least_P[place] < least_P[chosen]:
+            chosen = place
+    return chosen
 
 
 @compiled
@@ -293,19 +350,18 @@ def put_near(fixed: Fixed, state: State, expert: int) -> None:
                 share = 1.0 / near if fixed.host_G[device] == fixed.host_A[source] else 0.0
             state.share_EAP[expert, source, place] = share
             if share > 0.0:
-                flow(fixed, state, expert, source, device, fixed.token_AE[source, expert] * share)
+                tokens = fixed.token_AE[source, expert] * share
+                flow(state.load_N, fixed.way_AGW, fixed.weight_AGW, source, device, tokens)
     if fixed.dedup:
         _near_host_share(fixed, state, expert)
-        merge(fixed, state, expert, 1.0)
+        merge(fixed, state, expert)
 
 
 @compiled
 def _near_host_share(fixed: Fixed, state: State, expert: int) -> None:
     """Shares of hosts from the shares of sources."""
     state.host_share_EHH[expert] = 0.0
-    host_token_H = np.zeros(fixed.upper_HHR.shape[0])
-    for source in range(fixed.token_AE.shape[0]):
-        host_token_H[fixed.host_A[source]] += fixed.token_AE[source, expert]
+    host_token_H = _host_tokens(fixed, expert)
     for source in range(fixed.token_AE.shape[0]):
         at = fixed.host_A[source]
         for place in range(state.count_E[expert]):
@@ -316,8 +372,11 @@ def _near_host_share(fixed: Fixed, state: State, expert: int) -> None:
 
 
 @compiled
-def _grow_host_share(fixed: Fixed, state: State, expert: int, at: int, to: int, more: float) -> None:
-    """Raise host_share and add the copies that this makes above the hosts."""
+def _serve(fixed: Fixed, state: State, expert: int, source: int, device: int, more: float) -> None:
+    """Serve more of the source's host's tokens at the device's host: copies that this makes above the hosts."""
+    at, to = fixed.host_A[source], fixed.host_G[device]
+    if at == to:
+        return
     before = state.host_share_EHH[expert, at, to]
     after = before + more
     tokens = 0.0
@@ -339,46 +398,51 @@ def sync_with_first(fixed: Fixed, state: State, expert: int, sign: int) -> None:
     count = state.count_E[expert]
     home = state.replica_EP[expert, :count].min() if count else 0
     for replica in range(count):
-        device = state.replica_EP[expert, replica]
-        for place in range(fixed.pair_route_GGR.shape[2] if device != home else 0):
-            for link in (fixed.pair_route_GGR[home, device, place], fixed.pair_route_GGR[device, home, place]):
-                if link >= 0:
-                    state.sync_L[link] += sign * fixed.sync_cost_L[link]
+        _both_ways(fixed.pair_route_GGR, fixed.sync_cost_L, state.sync_L, home, state.replica_EP[expert, replica], sign)
+
+
+@inlined
+def _both_ways(route_GGR: Ints, cost_L: Floats, load_L: Floats, home: int, device: int, sign: int) -> None:
+    for place in range(route_GGR.shape[2] if device != home else 0):
+        for link in (route_GGR[home, device, place], route_GGR[device, home, place]):
+            if link >= 0:
+                load_L[link] += sign * cost_L[link]
+
+
+@inlined
+def _leave(member_N: Ints, end: int, member: int) -> None:
+    """Fill the place of what leaves with the last one."""
+    for place in range(end + 1):
+        if member_N[place] == member:
+            member_N[place] = member_N[end]
+            break
 
 
 @compiled
 def hold(fixed: Fixed, state: State, expert: int, device: int, sign: int) -> None:
     """Add (or drop) a replica: its slot, its gradients' way home, its copying. Flows are the caller's."""
-    home_moves = fixed.home_E[expert] < 0
-    if home_moves:
-        sync_with_first(fixed, state, expert, -1)
-    state.held_EG[expert, device] = 1 if sign > 0 else 0
-    if sign > 0:
-        state.resident_GC[device, state.used_G[device]] = expert
-        state.replica_EP[expert, state.count_E[expert]] = device
-        state.count_E[expert] += 1
-    else:
-        last = state.count_E[expert] - 1
-        for place in range(last + 1):
-            if state.replica_EP[expert, place] == device:
-                state.replica_EP[expert, place] = state.replica_EP[expert, last]
-                break
-        state.count_E[expert] = last
-        end = state.used_G[device] - 1
-        for place in range(end + 1):
-            if state.resident_GC[device, place] == expert:
-                state.resident_GC[device, place] = state.resident_GC[device, end]
-                break
-    state.used_G[device] += sign
-    if home_moves:
-        sync_with_first(fixed, state, expert, 1)
     home, nearest = fixed.home_E[expert], fixed.nearest_EG[expert, device]
-    state.new_1[0] += sign if nearest >= 0 else 0
-    for place in range(fixed.pair_route_GGR.shape[2]):
-        if home != device and not home_moves:
-            for link in (fixed.pair_route_GGR[home, device, place], fixed.pair_route_GGR[device, home, place]):
-                if link >= 0:
-                    state.sync_L[link] += sign * fixed.sync_cost_L[link]
-        if nearest >= 0 and fixed.pair_route_GGR[nearest, device, place] >= 0:
-            link = fixed.pair_route_GGR[nearest, device, place]
-            state.move_L[link] += sign * fixed.move_cost_L[link]
+    gradients = len(fixed.sync_cost_L) > 0 and fixed.sync_cost_L[0] > 0.0
+    if gradients and home < 0:
+        sync_with_first(fixed, state, expert, -1)
+    count, used = state.count_E[expert], state.used_G[device]
+    if sign > 0:
+        state.resident_GC[device, used] = expert
+        state.replica_EP[expert, count] = device
+        state.share_EAP[expert, :, count] = 0.0
+    else:
+        _leave(state.resident_GC[device], used - 1, expert)
+        _leave(state.replica_EP[expert], count - 1, device)
+    state.held_EG[expert, device] = sign > 0
+    state.count_E[expert], state.used_G[device] = count + sign, used + sign
+    if gradients and home < 0:
+        sync_with_first(fixed, state, expert, 1)
+    elif gradients:
+        _both_ways(fixed.pair_route_GGR, fixed.sync_cost_L, state.sync_L, home, device, sign)
+    if nearest >= 0:
+        state.new_1[0] += sign
+        route_GGR, move_cost_L, move_L = fixed.pair_route_GGR, fixed.move_cost_L, state.move_L
+        for place in range(route_GGR.shape[2] if move_cost_L[0] > 0.0 else 0):
+            link = route_GGR[nearest, device, place]
+            if link >= 0:
+                move_L[link] += sign * move_cost_L[link]

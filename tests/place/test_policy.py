@@ -13,9 +13,9 @@ SURE = {"life": 100.0, "error": 0.0}
 
 
 def test_a_plan_moves_when_it_pays_back_with_margin() -> None:
-    assert decide(now_s=1.0, planned_s=0.9, move_s=3.0, **SURE).move
-    assert decide(now_s=1.0, planned_s=0.9, move_s=4.0, **SURE).reason is Reason.COSTS
-    assert decide(now_s=1.0, planned_s=0.9, move_s=4.0, margin=1.0, **SURE).move
+    assert decide(now_s=1.0, planned_s=0.9, move_s=4.5, **SURE).move
+    assert decide(now_s=1.0, planned_s=0.9, move_s=5.5, **SURE).reason is Reason.COSTS
+    assert decide(now_s=1.0, planned_s=0.9, move_s=4.5, margin=1.5, **SURE).reason is Reason.COSTS
 
 
 def test_no_gain_or_an_unsure_one_moves_nothing() -> None:
@@ -69,6 +69,7 @@ def test_over_time_it_beats_doing_nothing_and_keeps_its_budget() -> None:
     ours = replay(case, loads, Gated(interval_steps=10, total_steps=390, effort=0.3), 10)
     assert ours.total_s < 0.8 * nothing.total_s
     assert nothing.plans == 0 < ours.plans
+    assert max(ours.moved) <= 0.15 * ours.slots
     assert ours.total_s == ours.step_s + ours.move_s
 
 

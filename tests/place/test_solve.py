@@ -11,8 +11,9 @@ from moestro.place.anneal import Schedule, anneal, empty_undo
 from moestro.place.bound import dual_bound, exact, quick_bound, relaxed_bound
 from moestro.place.cost import Layer, TokenSet, contiguous, step_time
 from moestro.place.prepare import fixed_arrays, loaded, placement_of
+from moestro.place.programme import build, solve_programme
 from moestro.place.solve import solve, split, spread_start
-from moestro.place.state import put, take
+from moestro.place.state import drop, put
 
 
 def brute_force(case: Layer) -> float:
@@ -153,13 +154,27 @@ def test_the_searchs_running_loads_equal_the_exact_cost(case: Layer) -> None:
     assert state.move_L.max() == pytest.approx(time.move_s, rel=1e-6)
 
 
-def test_taking_everything_out_leaves_nothing() -> None:
+def test_dropping_replicas_and_splitting_anew_keeps_the_books() -> None:
     case = with_pairs()
     fixed = fixed_arrays(case)
-    state = loaded(fixed, spread_start(case))
-    for expert in range(6):
-        take(fixed, state, expert)
-    np.testing.assert_allclose(state.link_L, 0, atol=1e-12)
-    np.testing.assert_allclose(state.device_G, 0, atol=1e-12)
-    put(fixed, state, 0, 4, (1.0, 1.0, 4))
-    assert state.device_G.sum() > 0
+    held_EG = spread_start(case)
+    state = loaded(fixed, held_EG)
+    twice = [int(expert) for expert in np.flatnonzero(held_EG.sum(axis=1) > 1)]
+    assert twice
+    for expert in twice:
+        drop(fixed, state, expert, int(held_EG[expert].argmax()))
+        put(fixed, state, expert, 4, (1.0, 1.0, 4))
+    fresh = step_time(case, placement_of(case, state))
+    np.testing.assert_allclose(state.device_G.max(), fresh.compute_s, rtol=1e-9)
+    np.testing.assert_allclose(state.link_L.max(), fresh.exchange_s, rtol=1e-9)
+    assert (state.count_E >= 1).all()
+
+
+def test_a_split_is_near_the_best_for_its_holders_on_uneven_devices() -> None:
+    case = layer(park(4, 2, card=20), skewed(8, 16, slope=1.2), 3)
+    case = replace(case, tokens_per_s_G=case.tokens_per_s_G * np.repeat([1.0, 0.5], 4))
+    held_EG = spread_start(case)
+    model = build(fixed_arrays(case))
+    model.most_V[: held_EG.size] = held_EG.ravel()
+    best_s = float(solve_programme(model, 0, 10.0).fun) + case.latency_s
+    assert step_time(case, split(case, held_EG)).total_s < 1.03 * best_s
