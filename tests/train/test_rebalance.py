@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from moestro.train.recipe import Recipe
 from moestro.train.report import write_report
 from moestro.train.run_folder import RunFolder
 from moestro.train.trainer import Trainer
+from moestro.train.whole_steps import WholeSteps
 
 MakeRecipe = Callable[..., Recipe]
 Holders = list[dict[int, float]]
@@ -253,9 +255,9 @@ def test_a_run_that_rebalances_gives_the_curve_of_one_that_does_not(make_recipe:
     run_on_ranks(run_all, live(make_recipe, tmp_path, "live"), ranks=2)
     run_on_ranks(run_all, live(make_recipe, tmp_path, "still", "balance.enabled=false"), ranks=2)
     assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "still"), rel=2e-6)
-    decisions = [event for event in events(tmp_path / "live", "balance") if "reason" in event]
-    assert [event["step"] for event in decisions] == [4, 6]  # begun two steps earlier
-    assert sum(event["moved"] for event in decisions) > 0
+    decided = decisions(tmp_path / "live")
+    assert [event["step"] for event in decided] == [4, 6]  # begun two steps earlier
+    assert sum(event["moved"] for event in decided) > 0
     steps = events(tmp_path / "live", "step")
     assert all(len(step["rank_imbalance"]) == 2 and step["inside_bytes"] > 0 for step in steps)
     page = write_report(RunFolder(tmp_path / "live")).read_text()
@@ -281,6 +283,45 @@ def test_a_checkpoint_between_moves_goes_on_under_any_mesh(make_recipe: MakeReci
     recipe = live(make_recipe, tmp_path, "parts", *settings, cluster_file(tmp_path, int(ranks), gb_per_s=1e-4))
     run_on_ranks(run_on, recipe, ranks=int(ranks))
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    if then == "2 dist.ep=2":  # also what was being decided: begun in step 4, in force after step 6
+        assert decisions(tmp_path / "parts") == decisions(tmp_path / "whole")
+
+
+def decisions(root: Path) -> list[dict[str, Any]]:
+    """What does not depend on a clock."""
+    names = ("step", "reason", "moves", "now_ms", "planned_ms", "first_ms", "saved_s", "moved")
+    return [{name: event[name] for name in names} for event in events(root, "balance") if "reason" in event]
+
+
+def train_on_while_the_leader_searches(recipe: Recipe) -> list[int]:
+    """The search of step 2 ends only when step 3 is done; returns the steps after which experts moved."""
+    trainer, step_3_is_done = trainer_for(recipe), threading.Event()
+    engine, consider = trainer.engine, Gated.consider
+    assert isinstance(engine, Ranks)
+    assert engine.balance is not None
+
+    def wait_and_consider(planner: Gated, layer: Layer, sample: int) -> Any:
+        assert step_3_is_done.wait(20)
+        return consider(planner, layer, sample)
+
+    Gated.consider = wait_and_consider  # type: ignore[method-assign]
+    moved = []
+    for step in range(1, 5):
+        before = [one.held_EG for one in engine.balance.placed.placements]
+        trainer.run_step()
+        if step == 3:
+            step_3_is_done.set()
+        after = [one.held_EG for one in engine.balance.placed.placements]
+        moved += [step] if any((a != b).any() for a, b in zip(before, after, strict=True)) else []
+    return moved
+
+
+def test_steps_go_on_while_the_leader_searches_and_its_plan_waits_for_its_step(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = live(make_recipe, tmp_path, "run", "balance.interval=2")
+    prepare(recipe.data, recipe.out)
+    assert run_on_ranks(train_on_while_the_leader_searches, recipe, ranks=2) == [[4], [4]]
 
 
 @pytest.mark.slow
@@ -330,6 +371,24 @@ def test_a_search_that_fails_is_said_once_and_training_goes_on(
     problems = [event["problem"] for event in events(recipe.out, "balance") if "problem" in event]
     assert problems == ["no new placement: no gain to divide by; training goes on with the one it has"]
     assert len(losses(recipe.out)) == 8
+
+
+def test_links_are_not_looked_at_while_steps_take_as_long_as_expected(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(LinkWatch, "changed", lambda _: looks.append(1))
+    monkeypatch.setattr(WholeSteps, "as_expected", lambda *_: True)
+    recipe = make_recipe("dist.ep=2", "balance.enabled=true", "balance.interval=1", "train.steps=14")
+    prepare(recipe.data, recipe.out)
+    assert run_on_ranks(looks_of, recipe, looks, ranks=2) == [2, 2]  # at the first decision and at the eleventh
+
+
+def looks_of(recipe: Recipe, looks: list[int]) -> int:
+    trainer = trainer_for(recipe)
+    for _ in range(recipe.train.steps):
+        trainer.run_step()
+    return len(looks)
 
 
 @pytest.mark.slow

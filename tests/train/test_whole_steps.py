@@ -1,0 +1,46 @@
+"""Whole steps are what the model says and a rest that no placement changes."""
+
+import pytest
+import torch
+
+from moestro.dist.timeline import Spent
+from moestro.train.whole_steps import WholeSteps, beside
+
+
+def spent(step: int, *seconds: float) -> Spent:
+    """Each rank's seconds, half of them compute, half of them idle."""
+    return Spent(step, torch.tensor([[one / 2, 0.0, 0.0, one / 2] for one in seconds]))
+
+
+def test_the_rest_stays_whatever_the_placement() -> None:
+    known = beside(measured_s=1.5, modelled_s=1.0)
+    assert known.predicted_s(1.0) == pytest.approx(1.5)
+    assert known.predicted_s(0.25) == pytest.approx(0.75)
+
+
+def test_a_model_that_promises_longer_steps_than_there_are_is_scaled() -> None:
+    known = beside(measured_s=0.5, modelled_s=1.0)
+    assert known.predicted_s(1.0) == pytest.approx(0.5)
+    assert known.predicted_s(0.5) == pytest.approx(0.25)
+    assert beside(measured_s=0.5, modelled_s=0.0).predicted_s(0.0) == 0.5
+
+
+def test_steps_count_from_the_one_after_experts_have_arrived() -> None:
+    steps = WholeSteps()
+    steps.learn([spent(step, 9.0, 1.0) for step in (1, 2, 3, 4)])
+    steps.begin(4, expected_s=2.0)
+    assert steps.measured_s() == 0
+    assert not steps.as_expected(5)
+    steps.learn([spent(4, 9.0), spent(5, 7.0), spent(6, 2.0, 2.2), spent(7, 1.8, 1.0), spent(8, 2.1)])
+    assert steps.measured_s() == pytest.approx(2.1)
+    assert steps.as_expected(5)
+
+
+def test_steps_that_take_longer_are_noticed() -> None:
+    steps = WholeSteps()
+    steps.begin(0, expected_s=1.0)
+    steps.learn([spent(step, 1.0) for step in range(2, 12)])
+    assert steps.as_expected(5)
+    steps.learn([spent(step, 1.3) for step in range(12, 15)])
+    assert steps.measured_s() == pytest.approx(1.0)
+    assert not steps.as_expected(5)
