@@ -130,7 +130,8 @@ def together_lines(trace: Trace, layer: int) -> list[str]:
     if sources := sources_of(trace, layer):
         lines.append(f"{'source':>6s} {'rows/mean':>10s} {'busiest expert':>15s} {'chooses otherwise':>18s}")
         lines += [
-            f"{number:6d} {one.over_mean:10.2f} {one.busiest:6d} ({one.busiest_over_mean:5.2f}) {100 * one.apart:16.1f} %"
+            f"{number:6d} {one.over_mean:10.2f} {one.busiest:6d} ({one.busiest_over_mean:5.2f}) "
+            f"{100 * one.apart:16.1f} %"
             for number, one in enumerate(sources)
         ]
     if pairs := top_pairs(trace, layer):

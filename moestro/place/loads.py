@@ -6,14 +6,14 @@ One JSON header line, then records: four numbers of 32 bits (step, sources, flag
 counts, layer after layer and source after source, and in some records how often two experts were chosen together.
 Numbers take two bytes where all of a record fit. A record says itself how long it is, so a run may go on with other
 sources: a source is a place in an expert group, that is the ranks whose tokens start there; one process is one source.
-A killed run leaves at most one torn record, which reading drops and writing cuts off; where a resumed run went back, its
-records replace the earlier ones. No torch.
+A killed run leaves at most one torn record, which reading drops and writing cuts off; where a resumed run went back,
+its records replace the earlier ones. No torch.
 
 Dimension key:  N records   L sparse layers   E experts   S sources   X pairs of experts   M, P some of the records
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,6 +64,11 @@ def spread_sources(count_LSE: NDArray[np.float64], devices: int) -> NDArray[np.f
             "give the cluster they ran on, or leave sources out with --even-sources"
         )
     return np.asarray(np.repeat(count_LSE, devices // sources, axis=1) / (devices // sources))
+
+
+def as_one_source(trace: Trace) -> Trace:
+    """The same counts, not knowing where tokens come from."""
+    return replace(trace, source_MLSE=trace.count_NLE[:, :, None])
 
 
 class LoadWriter:

@@ -72,17 +72,16 @@ class LayerReport:
         return self.after_time.total_s / self.bound_s - 1
 
 
-def source_loads(trace: Trace, devices: int, even: bool = False) -> tuple[Floats, Floats]:
-    """Predicted token_LSE and error_L from a trace; `even`: every device sends the same.
+def source_loads(trace: Trace, devices: int) -> tuple[Floats, Floats]:
+    """Predicted token_LSE and error_L from a trace.
 
     raises  PlacementError when the trace was recorded on a number of ranks that does not fit
     """
     if not len(trace.step_N):
         raise PlacementError("the trace has no steps; train a few first")
-    count_NLSE = trace.count_NLE[:, :, None] if even else trace.source_MLSE
-    _, layers, sources, experts = count_NLSE.shape
+    _, layers, sources, experts = trace.source_MLSE.shape
     predictor = Predictor(layers, sources * experts)
-    for count_LSE in count_NLSE:
+    for count_LSE in trace.source_MLSE:
         predictor.update(count_LSE.reshape(layers, -1))
     load_LX, error_L = predictor.predict()
     return spread_sources(load_LX.reshape(layers, sources, experts), devices), error_L
@@ -123,10 +122,10 @@ def recent_pairs(trace: Trace, number: int) -> tuple[Floats, Floats]:
     return pair_PX.astype(float).sum(axis=0), count_PE.astype(float).sum(axis=0)
 
 
-def basis(trace: Trace, reports: Sequence["LayerReport"], even: bool) -> str:
+def basis(trace: Trace, reports: Sequence[LayerReport]) -> str:
     """What of the trace the plan was made from, in a line."""
     sources, devices = trace.source_MLSE.shape[2], reports[0].layer.links.devices
-    by_source = f"loads of {sources} sources on {devices} devices" if sources > 1 and not even else "every device alike"
+    by_source = f"loads of {sources} sources on {devices} devices" if sources > 1 else "every device alike"
     steps = min(len(trace.pair_step_P), RECENT)
     together = f"copies to one host merged, by pairs of {steps} steps" if reports[0].layer.sets else "every copy sent"
     return f"{by_source}; {together}"
@@ -141,7 +140,6 @@ def place_trace(
     effort: float = 1.0,
     prove_s: float = 0.0,
     merge_copies: bool | None = None,
-    even_sources: bool = False,
     say: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerReport]:
     """Place every layer.
@@ -149,14 +147,13 @@ def place_trace(
     held_LEG       placements in force; contiguous without
     prove_s        seconds for a tighter bound of every layer; from 1 s on small layers are also tried exactly
     merge_copies   tokens travel once per host, which needs pairs; None: as they did in the run, where it has pairs
-    even_sources   every device sends the same
     """
     if merge_copies and not len(trace.pair_step_P):
         raise PlacementError(
             "the trace has no pairs of experts; train with train.pairs_every above 0, or leave --merge-copies out"
         )
     merge_copies = trace.merges and len(trace.pair_step_P) > 0 if merge_copies is None else merge_copies
-    token_LSE, error_L = source_loads(trace, links.devices, even_sources)
+    token_LSE, error_L = source_loads(trace, links.devices)
     speed_G = links.speed_G if links.speed_G.size else np.ones(links.devices)
     reports = []
     for number, token_SE in enumerate(token_LSE):

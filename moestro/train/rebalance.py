@@ -148,7 +148,7 @@ class Rebalancer:
         return new, said
 
     def begin(self, step: int) -> None:
-        """Look at the links where steps ask for it, and let the leader search while steps go on; called by all ranks."""
+        """Look at links where steps ask for it, and let the leader search while steps go on; called by all ranks."""
         begun_s = time.perf_counter()
         assert self.count_LSE is not None
         count_LSE, choice_NLK = self.mean_group(), self.choices()

@@ -52,7 +52,7 @@ class RecordSums:
     def shapes(self, pairs: bool) -> Shapes:
         """What is sent of every layer, in order."""
         experts, bins = len(self.blank.count_E), self.blank.decision_B
-        shapes: dict[str, tuple[int, ...]] = {name: () for name in ("loss", "balance", "entropy", "tokens")}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("loss", "balance", "entropy", "tokens"), ())
         shapes["source_SE"] = (self.sources, experts)
         if bins is not None:
             shapes["decision_B"] = (len(bins),)

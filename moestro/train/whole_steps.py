@@ -3,7 +3,7 @@
     seconds of steps under one placement, and what the model makes of it -> Beside -> predicted_s of any placement
 
 What no placement changes (dense compute, reduction of dense gradients, the update) is whatever measured steps take
-beyond the modelled part. All ranks know the same seconds (`dist.timeline`), so what follows from them is the same on all.
+beyond the modelled part. All ranks know the same seconds (`dist.timeline`), so what follows is the same on all.
 
 Dimension key:  W ranks
 """

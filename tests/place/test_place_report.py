@@ -12,7 +12,7 @@ from moestro.cli.main import app
 from moestro.cluster.links import links_of
 from moestro.core.config import save_toml
 from moestro.core.errors import PlacementError
-from moestro.place.loads import LoadWriter, read_trace
+from moestro.place.loads import LoadWriter, as_one_source, read_trace
 from moestro.place.plan_file import read_placements, save_placements
 from moestro.place.report import Costs, place_trace, source_loads, token_sets
 from moestro.place.solve import solve
@@ -49,7 +49,7 @@ def test_a_trace_of_other_ranks_is_refused_or_taken_as_even(tmp_path: Path) -> N
     trace = read_trace(write_trace(tmp_path / "t", sources=3))
     with pytest.raises(PlacementError, match="recorded on 3 ranks, the cluster has 4 devices"):
         source_loads(trace, 4)
-    token_LSE, _ = source_loads(trace, 4, even=True)
+    token_LSE, _ = source_loads(as_one_source(trace), 4)
     assert (token_LSE == token_LSE[:, :1]).all()
 
 
@@ -128,9 +128,7 @@ def test_sources_and_pairs_are_shown(tmp_path: Path) -> None:
     lines = run("loads", "show", trace).splitlines()
     at = next(n for n, line in enumerate(lines) if line.startswith("chosen together most often, over 5 steps"))
     assert lines[at + 1].split()[:3] == ["0", "and", "5"]
-    assert next(line for line in lines if line.startswith("source")).split() == (
-        "source rows/mean busiest expert chooses otherwise".split()
-    )
+    assert any(line.split()[:2] == ["source", "rows/mean"] for line in lines)
     found = json.loads(run("loads", "show", trace, "--json"))
     assert found["pair_steps"] == [1, 2, 3, 4, 5]
     assert [(one["first"], one["second"]) for one in found["pairs"]] == [(0, 5)]
