@@ -29,12 +29,14 @@ from moestro.place.cost import Layer, Placement, TokenSet, exchange_bytes
 from moestro.place.plan_file import save_placements
 from moestro.place.planner import Gated, compile_searches
 from moestro.train.data import open_data, prepare
+from moestro.train.history import read_history
 from moestro.train.loop import go_on, start
 from moestro.train.park import LinkWatch
 from moestro.train.placed import PlacedExperts, by_rank, with_moments
 from moestro.train.ranks import Ranks
 from moestro.train.recipe import Recipe
 from moestro.train.report import write_report
+from moestro.train.report_balance import foretold
 from moestro.train.run_folder import RunFolder
 from moestro.train.trainer import Trainer
 from moestro.train.whole_steps import WholeSteps
@@ -291,6 +293,20 @@ def decisions(root: Path) -> list[dict[str, Any]]:
     """What does not depend on a clock."""
     names = ("step", "reason", "moves", "now_ms", "planned_ms", "first_ms", "saved_s", "moved")
     return [{name: event[name] for name in names} for event in events(root, "balance") if "reason" in event]
+
+
+def test_whole_steps_are_foretold_beside_what_they_took(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = live(make_recipe, tmp_path, "run", "train.steps=20", "train.checkpoint_every=0")
+    run_on_ranks(run_all, recipe, ranks=2)
+    decided = [event for event in events(recipe.out, "balance") if "reason" in event]
+    assert all("measured_ms" not in event for event in decided[:2])  # times are told every fifth step
+    later = decided[3:]
+    assert all(event["expected_ms"] > 0 and event["measured_ms"] > 0 for event in later)
+    known = foretold(read_history(RunFolder(recipe.out)))
+    assert [step for step, _, _ in known] == [event["step"] for event in later[:-1]]
+    page = write_report(RunFolder(recipe.out)).read_text()
+    assert "Whole step" in page
+    assert "times what was predicted" in page
 
 
 def train_on_while_the_leader_searches(recipe: Recipe) -> list[int]:
