@@ -16,7 +16,7 @@ from moestro.dist.timeline import Spent
 
 ARRIVING = 1
 """Steps after new placements that do not count: experts arrive."""
-CHANGED = 1.25
+CHANGED = 1.4
 """Times longer or shorter than expected from which steps count as changed."""
 KEPT = 100
 """Most steps that are remembered."""

@@ -41,6 +41,6 @@ def test_steps_that_take_longer_are_noticed() -> None:
     steps.begin(0, expected_s=1.0)
     steps.learn([spent(step, 1.0) for step in range(2, 12)])
     assert steps.as_expected(5)
-    steps.learn([spent(step, 1.3) for step in range(12, 15)])
+    steps.learn([spent(step, 1.5) for step in range(12, 15)])
     assert steps.measured_s() == pytest.approx(1.0)
     assert not steps.as_expected(5)
