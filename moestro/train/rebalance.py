@@ -114,6 +114,9 @@ class Rebalancer:
         self.ahead, self.pending = min(AHEAD, spec.interval), 0
         """The step after which what is being decided comes into force; 0: nothing is."""
         self.looked: dict[str, float] = {}
+        """What looking at links found when the pending decision began."""
+        self.begin_s = 0.0
+        """What that took in the way of steps."""
         self.worker = ThreadPoolExecutor(1, "balance") if mesh.rank == 0 else None
         self.decision: Future[Decision] | None = None
         """On the leader, or out of a checkpoint."""
@@ -158,14 +161,13 @@ class Rebalancer:
         if self.worker:
             measured_s = self.whole_steps.measured_s()
             self.decision = self.worker.submit(self.decide, count_LSE, choice_NLK, measured_s)
-        self.looked["begin_s"] = round(time.perf_counter() - begun_s, 4)
+        self.begin_s = time.perf_counter() - begun_s
 
     def adopt(self, step: int, first: First, optimizer: torch.optim.Optimizer) -> tuple[bool, Said | None]:
         """See `after_step`."""
         begun_s = time.perf_counter()
         decision = first(self._decided)
         self.pending, self.decision = 0, None
-        links = {name: value for name, value in self.looked.items() if name != "begin_s"}
         self.sample += 1
         if decision.problem:
             known, self.problem = self.problem == decision.problem, decision.problem
@@ -173,9 +175,9 @@ class Rebalancer:
         self.problem = ""
         self.placed.adopt(decision.placements, decision.copies, optimizer)
         self.whole_steps.begin(step, decision.facts.get("expected_ms", 0.0) / 1e3)
-        spent_s = time.perf_counter() - begun_s + self.looked.get("begin_s", 0.0)
-        facts = {**decision.facts, "seconds": round(spent_s, 4), **links}
-        return True, Said(told(facts) if facts["moved"] or links else "", facts)
+        seconds = round(self.begin_s + time.perf_counter() - begun_s, 4)
+        facts = {**decision.facts, "seconds": seconds, **self.looked}
+        return True, Said(told(facts) if facts["moved"] or self.looked else "", facts)
 
     def _decided(self) -> Decision:
         assert self.decision is not None
