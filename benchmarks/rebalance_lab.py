@@ -47,15 +47,16 @@ from moestro.nn.experts import AnyExperts
 from moestro.nn.experts import Path as ExpertPath
 from moestro.nn.moe import Dispatcher, MoE
 from moestro.nn.routing_rules import Choice
-from moestro.place.cost import Layer, Placement, contiguous, even_split, step_time
+from moestro.place.cost import Layer, Placement, contiguous, even_split
 from moestro.place.plan_file import read_placements, save_placements
 from moestro.place.planner import compile_searches
 from moestro.place.solve import solve, spread_start
 from moestro.train.data import TokenData, TokenFile
 from moestro.train.ranks import Ranks
+from moestro.train.rebalance import modelled_times
 from moestro.train.recipe import Recipe
 from moestro.train.trainer import Trainer
-from moestro.train.whole_steps import beside
+from moestro.train.whole_steps import Measured, beside
 
 EXPERTS, LAYERS, WIDTH, HIDDEN, SLOTS = 16, 2, 128, 64, 4
 LENGTH, SEQUENCES = 128, 64
@@ -118,7 +119,7 @@ def train(ranks: int, steps: int, balance: Row, forced: bool, note: str) -> Row:
     for layer, counter in zip((m for m in trainer.model.modules() if isinstance(m, MoE)), counting, strict=True):
         layer.router.weight_ED.data.mul_(5.0)
         layer.dispatcher = counter
-    spent_s, losses, moved = [], [], []
+    spent_s, losses, moved, own_s = [], [], [], []
     for step in range(steps):
         if dist.get_rank() == 0:
             Path(note).write_text(str(step))
@@ -128,9 +129,13 @@ def train(ranks: int, steps: int, balance: Row, forced: bool, note: str) -> Row:
         dist.barrier()
         spent_s.append(time.perf_counter() - begun_s)
         losses.append(float(result.loss))
+        told = trainer.engine.news(trainer.step)
+        own_s += [
+            max(news.fields["compute_s"]) + max(news.fields["reduction_s"]) for news in told if news.event == "timeline"
+        ]
         moved += [
             {"step": step, **{key: value for key, value in news.fields.items() if key in NOTED}}
-            for news in trainer.engine.news(trainer.step)
+            for news in told
             if news.event == "balance"
         ]
     return {
@@ -138,6 +143,7 @@ def train(ranks: int, steps: int, balance: Row, forced: bool, note: str) -> Row:
         "loss": losses,
         "count_LE": [(counter.count_E / steps).tolist() for counter in counting],
         "news": moved,
+        "own_s": own_s,
         **found,
     }
 
@@ -192,31 +198,25 @@ def placements(layers: list[Layer]) -> dict[str, list[Placement]]:
     }
 
 
-def modelled_s(layers: list[Layer], plans: list[Placement]) -> float:
-    """What the cost model makes of all layers."""
-    return sum(
-        step_time(replace(layer, held_EG=plan.held_EG), plan).total_s for layer, plan in zip(layers, plans, strict=True)
-    )
-
-
 def agreement(folder: Path, rows: list[Row]) -> list[Row]:
     """Predicted over measured for every fixed placement, from what was measured under each other one."""
     known = pickle.loads((folder / "known.pickle").read_bytes())
     layers = [layer_of(known["links"], token_SE, known["costs"].rows_per_s) for token_SE in known["count_LSE"]]
     plans = {"in a row": [even_split(layer.held_EG) for layer in layers]}
     plans |= {name: read_placements(plan_file(folder, name)) for name in FIXED[1:]}
-    measured = {row["name"]: row["step_s"] for row in rows if row["name"] in plans}
-    modelled = {name: modelled_s(layers, plan) for name, plan in plans.items()}
+    measured = {row["name"]: Measured(row["step_s"], row["own_s"]) for row in rows if row["name"] in plans}
+    modelled = {name: modelled_times(layers, plan) for name, plan in plans.items()}
     found = []
     for name in FIXED:
+        model_s, step_s = sum(one.total_s for one in modelled[name]), measured[name].step_s
         ratio = {
-            other: beside(measured[other], modelled[other]).predicted_s(modelled[name]) / measured[name]
+            other: beside(measured[other], modelled[other]).predicted_s(model_s) / step_s
             for other in FIXED
             if other != name
         }
         shown = "  ".join(f"from {other} {100 * (one - 1):+.0f} %" for other, one in ratio.items())
-        print(f"{name:20s} measured {measured[name]:.3f} s, model {modelled[name]:.3f} s, predicted: {shown}")
-        found.append({"name": name, "modelled_s": modelled[name], "predicted_over_measured": ratio})
+        print(f"{name:20s} measured {step_s:.3f} s, model {model_s:.3f} s, predicted: {shown}")
+        found.append({"name": name, "modelled_s": model_s, "predicted_over_measured": ratio})
     return found
 
 
@@ -228,6 +228,7 @@ def plan_file(folder: Path, name: str) -> Path:
 def summary(name: str, found: Row, last: int) -> Row:
     """Median seconds of the last steps."""
     row = {"name": name, "step_s": round(float(np.median(found["step_s"][-last:])), 4), "losses": found["loss"]}
+    row["own_s"] = round(float(np.median(found["own_s"][WARM_UP:])), 4) if found["own_s"] else 0.0
     row["moved"] = sum(one.get("moved", 0) for one in found["news"])
     row["problems"] = [one["problem"] for one in found["news"] if "problem" in one]
     print(f"{name:32s} {row['step_s']:8.3f} s a step   moved {row['moved']}  {row['problems'] or ''}", flush=True)

@@ -31,14 +31,14 @@ from moestro.dist.layout import places
 from moestro.dist.mesh import Mesh
 from moestro.dist.replicas import Copy
 from moestro.nn.router import RoutingRecord
-from moestro.place.cost import Layer, Placement, TokenSet, slots_that_fit, step_time
+from moestro.place.cost import Layer, Placement, StepTime, TokenSet, slots_that_fit, step_time
 from moestro.place.loads import spread_sources
 from moestro.place.planner import Gated, Plan, compile_searches
 from moestro.place.predict import Predictor
 from moestro.train.balance_spec import BalanceSpec
 from moestro.train.park import LinkWatch, Network, probed
 from moestro.train.placed import PREFIX, PlacedExperts, as_arrays, checked, from_arrays
-from moestro.train.whole_steps import WholeSteps, beside
+from moestro.train.whole_steps import Measured, WholeSteps, beside
 
 STATE_BYTES, GRADIENT_BYTES = 12.0, 4.0
 """Of one number: the weight and two moments that move; the gradient that replicas send."""
@@ -159,8 +159,8 @@ class Rebalancer:
         self.looked = self.look_at_links()
         self.pending = step + self.ahead
         if self.worker:
-            measured_s = self.whole_steps.measured_s()
-            self.decision = self.worker.submit(self.decide, count_LSE, choice_NLK, measured_s)
+            measured = self.whole_steps.measured()
+            self.decision = self.worker.submit(self.decide, count_LSE, choice_NLK, measured)
         self.begin_s = time.perf_counter() - begun_s
 
     def adopt(self, step: int, first: First, optimizer: torch.optim.Optimizer) -> tuple[bool, Said | None]:
@@ -217,16 +217,16 @@ class Rebalancer:
         return choice
 
     def decide(
-        self, count_LSE: NDArray[np.float64], choice_NLK: NDArray[np.int64], measured_s: float = 0.0
+        self, count_LSE: NDArray[np.float64], choice_NLK: NDArray[np.int64], measured: Measured | None
     ) -> Decision:
         """Leader: the placements for the next interval, or what went wrong.
 
-        measured_s   of a whole step under the placements in force; 0 where that is not known
+        measured   whole steps under the placements in force, where they are known
         """
         begun_s = time.perf_counter()
         try:
             layers = [self.layer(number, token_SE, choice_NLK) for number, token_SE in enumerate(count_LSE)]
-            modelled_s = self._modelled_s(layers, self.placed.placements)
+            modelled = modelled_times(layers, self.placed.placements)
             plans = [planner.consider(one, self.sample) for planner, one in zip(self.planners, layers, strict=True)]
             ranks, slots = self.placed.axis.size, self.placed.slots
             placements = [checked(plan.placement, count_LSE.shape[2], ranks, slots) for plan in plans]
@@ -237,20 +237,14 @@ class Rebalancer:
             for number, (placement, layer) in enumerate(zip(placements, layers, strict=True))
         ]
         facts = self._facts(plans, sum(map(len, copies)))
-        facts["first_ms"] = round(1e3 * self._modelled_s(layers, self.first_placements), 4)
-        if measured_s:
+        first = modelled_times(layers, self.first_placements)
+        facts["first_ms"] = round(1e3 * sum(one.total_s for one in first), 4)
+        if measured:
             planned_s = sum(plan.planned_s if plan.verdict.move else plan.now_s for plan in plans)
-            facts["measured_ms"] = round(1e3 * measured_s, 4)
-            facts["expected_ms"] = round(1e3 * beside(measured_s, modelled_s).predicted_s(planned_s), 4)
+            facts["measured_ms"] = round(1e3 * measured.step_s, 4)
+            facts["expected_ms"] = round(1e3 * beside(measured, modelled).predicted_s(planned_s), 4)
         facts["search_s"] = round(time.perf_counter() - begun_s, 4)
         return Decision(placements=placements, copies=copies, facts=facts)
-
-    def _modelled_s(self, layers: Sequence[Layer], placements: Sequence[Placement]) -> float:
-        """Exchange, experts and replicas of all layers under placements that are there already."""
-        return sum(
-            step_time(replace(layer, held_EG=one.held_EG), one).total_s
-            for layer, one in zip(layers, placements, strict=True)
-        )
 
     def layer(self, number: int, token_SE: NDArray[np.float64], choice_NLK: NDArray[np.int64]) -> Layer:
         """One layer for the cost model."""
@@ -343,6 +337,12 @@ def _decision(state: Mapping[str, Tensor]) -> Decision:
     for number, *copy in arrays["copies"].tolist() if placements else ():
         copies[number].append(Copy(*copy))
     return Decision(placements=placements, copies=copies, **said)
+
+
+def modelled_times(layers: Sequence[Layer], placements: Sequence[Placement]) -> list[StepTime]:
+    """Every layer under a placement that is there already."""
+    pairs = zip(layers, placements, strict=True)
+    return [step_time(replace(layer, held_EG=one.held_EG), one) for layer, one in pairs]
 
 
 def token_sets(
