@@ -5,8 +5,8 @@
 Trainers of the same model take turns, step by step, on the same ranks, so that all see the same machine: experts in
 order, the same with `balance.enabled` between decisions (one slot of five is empty, and stepped by the optimiser), the
 same without an empty slot, and with every expert held twice. Compared are sums of steps:
-single ones shake more than the difference. Then, on one rank, seconds of recording: counting loads, imbalance and
-bytes, and of one decision.
+single ones shake more than the difference. Then, on one rank, seconds of recording: counts by source, imbalance, bytes
+and the trace in every step, pairs of experts in one of train.pairs_every; and of one decision, in its way and beside.
 
 Prints a table, then one JSON line.
 """
@@ -15,6 +15,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,18 @@ from moestro.core.config import build
 from moestro.core.tokens import ByteTokenizer
 from moestro.dist.layout import fit
 from moestro.dist.testing import run_on_ranks
+from moestro.nn.permute import pairs_of
 from moestro.place.cost import contiguous, even_split
+from moestro.place.loads import LoadWriter
 from moestro.place.plan_file import save_placements
 from moestro.place.planner import compile_searches
 from moestro.train.data import TokenData, TokenFile
+from moestro.train.loop import loads_of
 from moestro.train.ranks import Ranks
 from moestro.train.recipe import Recipe
 from moestro.train.trainer import Trainer
 
-EXPERTS, LAYERS, WARM_UP = 16, 4, 2
+EXPERTS, LAYERS, LENGTH, SEQUENCES, WARM_UP = 16, 4, 256, 8, 2
 CLUSTER = """name = "here"
 [device]
 name = "CPU"
@@ -60,7 +65,7 @@ def trainer(ranks: int, balance: dict[str, Any]) -> Trainer:
             "attention": {"num_heads": 4},
             "moe": {"num_experts": EXPERTS, "expert_width": 512, "router": {"rule": "top2"}},
         },
-        "train": {"steps": 10_000, "length": 256, "sequences": 8, "precision": "fp32"},
+        "train": {"steps": 10_000, "length": LENGTH, "sequences": SEQUENCES, "precision": "fp32", "pairs_every": 0},
         "dist": {"ep": ranks},
         "balance": {"interval": 5_000, **balance},
     }
@@ -96,23 +101,56 @@ def measure(ranks: int, steps: int, folder: str) -> dict[str, Any]:
     assert engine.balance.rebalancer is not None
     assert engine.exchanges is not None
     own = dict(zip(engine.layers, result.records, strict=True))
-    begun_s = time.perf_counter()
-    for _ in range(200):
-        engine.balance.rebalancer.watch(result.records)
+    assert engine.record_sums is not None
+    writer = LoadWriter(Path(folder, f"loads-{dist.get_rank()}.trace"), LAYERS, EXPERTS)
+
+    def record(pairs: bool) -> None:
+        assert engine.balance is not None
+        assert engine.balance.rebalancer is not None
+        assert engine.exchanges is not None
+        assert engine.record_sums is not None
+        seen = own
+        if pairs:
+            seen = {layer: replace(one, pair_X=pairs_of(choice_TK, EXPERTS)) for layer, one in own.items()}
+        rows = engine.record_sums.rows(seen, pairs, engine.mesh.device)
+        records = engine.record_sums.read(seen, rows, pairs)
+        engine.balance.rebalancer.watch(records)
         engine.exchanges.begin()
         engine.exchanges.read(engine.exchanges.numbers(own))
-    record_s = (time.perf_counter() - begun_s) / 200
+        writer.append(1, *loads_of(records))
+
+    choice_TK = torch.rand(LENGTH * SEQUENCES // ranks, EXPERTS).topk(2).indices
+    record_s = {pairs: mean_s(lambda pairs=pairs: record(pairs)) for pairs in (False, True)}
     dist.barrier()
     begun_s = time.perf_counter()
-    engine.balance.rebalancer.renew(engine.first, kinds["balance.enabled"].optimizer)
+    rebalancer = engine.balance.rebalancer
+    rebalancer.begin(kinds["balance.enabled"].step)
+    begin_s = time.perf_counter() - begun_s
+    if rebalancer.decision:
+        rebalancer.decision.result()
+    beside_s = time.perf_counter() - begun_s - begin_s
+    dist.barrier()
+    begun_s = time.perf_counter()
+    rebalancer.adopt(kinds["balance.enabled"].step, engine.first, kinds["balance.enabled"].optimizer)
+    adopt_s = time.perf_counter() - begun_s
     times = {name: 1e3 * float(np.mean(values)) for name, values in spent_s.items()}
     halves = {name: [1e3 * float(np.mean(values[half::2])) for half in (0, 1)] for name, values in spent_s.items()}
     return {
         "ms": times,
         "halves": halves,
-        "record_ms": 1e3 * record_s,
-        "decide_ms": 1e3 * (time.perf_counter() - begun_s),
+        "record_ms": 1e3 * record_s[False],
+        "record_pairs_ms": 1e3 * record_s[True],
+        "decide_ms": 1e3 * (begin_s + adopt_s),
+        "search_ms": 1e3 * beside_s,
     }
+
+
+def mean_s(work: Callable[[], None], times: int = 200) -> float:
+    """Of one call."""
+    begun_s = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - begun_s) / times
 
 
 def main() -> None:
@@ -132,8 +170,10 @@ def main() -> None:
     for name, ms in found["ms"].items():
         shown = " ".join(f"{half:.1f}" for half in found["halves"][name])
         print(f"{name:20s} {ms:9.1f} ms a step ({ms / plain - 1:+.2%}; odd and even steps {shown})")
-    print(f"{'recording':20s} {found['record_ms']:9.3f} ms a step ({found['record_ms'] / plain:.2%})")
-    print(f"{'one decision':20s} {found['decide_ms']:9.1f} ms")
+    for name, kind in (("recording", "record_ms"), ("recording pairs too", "record_pairs_ms")):
+        print(f"{name:20s} {found[kind]:9.3f} ms a step ({found[kind] / plain:.2%})")
+    shown = f"{found['decide_ms']:9.1f} ms in the way of steps, {found['search_ms']:.1f} ms beside them"
+    print(f"{'one decision':20s} {shown}")
     print(json.dumps({"bench": "rebalance", "ranks": asked.ranks, "steps": asked.steps, **found}))
 
 

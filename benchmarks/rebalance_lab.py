@@ -1,6 +1,6 @@
 """Whole training steps over throttled links: live balancing beside fixed placements, and a link that gets slow.
 
-    python benchmarks/rebalance_lab.py [--steps 12] [--live 48] [--out FILE]
+    python benchmarks/rebalance_lab.py [--steps 12] [--live 48] [--only fixed live cut even] [--folder F] [--out FILE]
 
 Four hosts of two ranks (`lab.py`), one of them on a slow card; the trainer itself, two sparse layers of 16 experts, the
 router as it begins without a balance loss, so that loads are as uneven as text is. Placements in a row, EPLB's and a
@@ -8,11 +8,16 @@ spread over hosts are made from loads counted in a first run, as is the best a l
 nothing beforehand and probes the network. Then one link is cut to an eighth while training goes on. On an even network:
 live balancing beside routing that is forced to be even. Curves are compared. Needs what lab.py needs, and numba.
 
+Whole steps are predicted as the balancer predicts them: from what was measured under ONE placement, links as the
+balancer's probe found them and experts as fast as it measured, for every OTHER placement.
+
+Parts can run one by one (`--only`), each leaving its rows in `--folder`; what is there already is taken from there.
 Prints a table, then one JSON line.
 """
 
 import argparse
 import json
+import pickle
 import platform
 import sys
 import tempfile
@@ -34,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lab import Host, Lab, missing
 from place import eplb_placement, near_placement
 
+from moestro.cluster.links import Links
 from moestro.core.config import build
 from moestro.core.tokens import ByteTokenizer
 from moestro.dist.layout import fit
@@ -41,14 +47,16 @@ from moestro.nn.experts import AnyExperts
 from moestro.nn.experts import Path as ExpertPath
 from moestro.nn.moe import Dispatcher, MoE
 from moestro.nn.routing_rules import Choice
-from moestro.place.cost import Layer, Placement, contiguous, even_split, step_time
-from moestro.place.plan_file import save_placements
+from moestro.place.cost import Layer, Placement, contiguous, even_split
+from moestro.place.plan_file import read_placements, save_placements
 from moestro.place.planner import compile_searches
 from moestro.place.solve import solve, spread_start
 from moestro.train.data import TokenData, TokenFile
 from moestro.train.ranks import Ranks
+from moestro.train.rebalance import modelled_times
 from moestro.train.recipe import Recipe
 from moestro.train.trainer import Trainer
+from moestro.train.whole_steps import Measured, beside
 
 EXPERTS, LAYERS, WIDTH, HIDDEN, SLOTS = 16, 2, 128, 64, 4
 LENGTH, SEQUENCES = 128, 64
@@ -56,7 +64,10 @@ UNEVEN = [Host(ranks=2, port_mbit=800, up_mbit=up) for up in (200, 200, 200, 50)
 EVEN = [Host(ranks=2, port_mbit=800, up_mbit=200)] * 4
 CUT_HOST, CUT_MBIT = 1, 25
 WARM_UP = 2
-NOTED = ("moved", "problem", "now_ms", "planned_ms", "search_s", "seconds")
+NOTED = (
+    "moved", "problem", "now_ms", "planned_ms", "measured_ms", "expected_ms", "search_s", "seconds", "links_slower",
+)  # fmt: skip
+FIXED = ("in a row", "EPLB", "host spread", "long search")
 Row = dict[str, Any]
 
 
@@ -100,12 +111,15 @@ def train(ranks: int, steps: int, balance: Row, forced: bool, note: str) -> Row:
         "balance": balance,
     }
     recipe = build(Recipe, table)
-    trainer = Trainer(recipe, text(), Ranks(fit(recipe.dist, ranks, 2), torch.device("cpu"), recipe))
+    engine = Ranks(fit(recipe.dist, ranks, 2), torch.device("cpu"), recipe)
+    trainer = Trainer(recipe, text(), engine)
+    balancer = engine.balance.rebalancer if engine.balance else None
+    found = {"links": balancer.links, "costs": balancer.costs} if balancer else {}  # as probed before the first step
     counting = [Counting(m.dispatcher, forced) for m in trainer.model.modules() if isinstance(m, MoE)]
     for layer, counter in zip((m for m in trainer.model.modules() if isinstance(m, MoE)), counting, strict=True):
         layer.router.weight_ED.data.mul_(5.0)
         layer.dispatcher = counter
-    spent_s, losses, moved = [], [], []
+    spent_s, losses, moved, own_s = [], [], [], []
     for step in range(steps):
         if dist.get_rank() == 0:
             Path(note).write_text(str(step))
@@ -115,9 +129,13 @@ def train(ranks: int, steps: int, balance: Row, forced: bool, note: str) -> Row:
         dist.barrier()
         spent_s.append(time.perf_counter() - begun_s)
         losses.append(float(result.loss))
+        told = trainer.engine.news(trainer.step)
+        own_s += [
+            max(news.fields["compute_s"]) + max(news.fields["reduction_s"]) for news in told if news.event == "timeline"
+        ]
         moved += [
             {"step": step, **{key: value for key, value in news.fields.items() if key in NOTED}}
-            for news in trainer.engine.news(trainer.step)
+            for news in told
             if news.event == "balance"
         ]
     return {
@@ -125,12 +143,14 @@ def train(ranks: int, steps: int, balance: Row, forced: bool, note: str) -> Row:
         "loss": losses,
         "count_LE": [(counter.count_E / steps).tolist() for counter in counting],
         "news": moved,
+        "own_s": own_s,
+        **found,
     }
 
 
-def run(lab: Lab, steps: int, balance: Row, folder: str, forced: bool = False, cut_at: int = 0) -> Row:
+def run(lab: Lab, steps: int, balance: Row, folder: Path, forced: bool = False, cut_at: int = 0) -> Row:
     """One training run; at step `cut_at` one uplink is cut. Rank 0's times and losses, everybody's loads."""
-    note, over = Path(folder, "step"), threading.Event()
+    note, over = folder / "step", threading.Event()
     note.write_text("-1")
 
     def cut() -> None:
@@ -149,14 +169,14 @@ def run(lab: Lab, steps: int, balance: Row, folder: str, forced: bool = False, c
     return {**found[0], "count_LSE": count_LSE}
 
 
-def layer_of(lab: Lab, token_SE: NDArray[np.float64]) -> Layer:
+def layer_of(links: Links, token_SE: NDArray[np.float64], rows_per_s: float = 1e6) -> Layer:
     """One layer as balancing sees it."""
-    slot_G = np.full(lab.ranks, SLOTS)
+    slot_G = np.full(links.devices, SLOTS)
     numbers = 3 * WIDTH * HIDDEN
     return Layer(
-        links=lab.links(),
+        links=links,
         token_SE=token_SE,
-        tokens_per_s_G=np.full(lab.ranks, 1e6),
+        tokens_per_s_G=np.full(links.devices, rows_per_s),
         slot_G=slot_G,
         token_bytes=WIDTH * 4 + 2.0,
         held_EG=contiguous(EXPERTS, slot_G),
@@ -178,61 +198,115 @@ def placements(layers: list[Layer]) -> dict[str, list[Placement]]:
     }
 
 
-def predicted_s(layers: list[Layer], plans: list[Placement]) -> float:
-    """What the cost model makes of all layers."""
-    return sum(step_time(layer, plan).total_s for layer, plan in zip(layers, plans, strict=True))
+def agreement(folder: Path, rows: list[Row]) -> list[Row]:
+    """Predicted over measured for every fixed placement, from what was measured under each other one."""
+    known = pickle.loads((folder / "known.pickle").read_bytes())
+    layers = [layer_of(known["links"], token_SE, known["costs"].rows_per_s) for token_SE in known["count_LSE"]]
+    plans = {"in a row": [even_split(layer.held_EG) for layer in layers]}
+    plans |= {name: read_placements(plan_file(folder, name)) for name in FIXED[1:]}
+    measured = {row["name"]: Measured(row["step_s"], row["own_s"]) for row in rows if row["name"] in plans}
+    modelled = {name: modelled_times(layers, plan) for name, plan in plans.items()}
+    found = []
+    for name in FIXED:
+        model_s, step_s = sum(one.total_s for one in modelled[name]), measured[name].step_s
+        ratio = {
+            other: beside(measured[other], modelled[other]).predicted_s(model_s) / step_s
+            for other in FIXED
+            if other != name
+        }
+        shown = "  ".join(f"from {other} {100 * (one - 1):+.0f} %" for other, one in ratio.items())
+        print(f"{name:20s} measured {step_s:.3f} s, model {model_s:.3f} s, predicted: {shown}")
+        found.append({"name": name, "modelled_s": model_s, "predicted_over_measured": ratio})
+    return found
+
+
+def plan_file(folder: Path, name: str) -> Path:
+    """Where a fixed placement lies."""
+    return folder / f"{name.replace(' ', '-')}.toml"
 
 
 def summary(name: str, found: Row, last: int) -> Row:
     """Median seconds of the last steps."""
     row = {"name": name, "step_s": round(float(np.median(found["step_s"][-last:])), 4), "losses": found["loss"]}
+    row["own_s"] = round(float(np.median(found["own_s"][WARM_UP:])), 4) if found["own_s"] else 0.0
     row["moved"] = sum(one.get("moved", 0) for one in found["news"])
     row["problems"] = [one["problem"] for one in found["news"] if "problem" in one]
     print(f"{name:32s} {row['step_s']:8.3f} s a step   moved {row['moved']}  {row['problems'] or ''}", flush=True)
     return row
 
 
-def uneven(args: argparse.Namespace, folder: str) -> list[Row]:
-    """One host on a slow card."""
+LIVE = {"enabled": True, "slots": SLOTS, "interval": 6}
+
+
+def fixed(args: argparse.Namespace, folder: Path) -> list[Row]:
+    """One host on a slow card: placements that stay."""
     with Lab(UNEVEN) as lab:
-        compile_searches(lab.links())
         steps = args.steps + WARM_UP
         first = run(lab, steps, {}, folder)
+        (folder / "counts.pickle").write_bytes(pickle.dumps(first["count_LSE"]))
         rows = [summary("in a row", first, args.steps)]
-        layers = [layer_of(lab, token_SE) for token_SE in first["count_LSE"]]
-        rows[0]["predicted_s"] = predicted_s(layers, [even_split(layer.held_EG) for layer in layers])
+        layers = [layer_of(lab.links(), token_SE) for token_SE in first["count_LSE"]]
         for name, plans in placements(layers).items():
-            file = Path(folder, f"{name.replace(' ', '-')}.toml")
-            save_placements(file, plans)
-            rows.append(summary(name, run(lab, steps, {"placement": str(file)}, folder), args.steps))
-            rows[-1]["predicted_s"] = predicted_s(layers, plans)
-        live = {"enabled": True, "slots": SLOTS, "interval": 6}
-        found = run(lab, 2 * args.live, live, folder, cut_at=args.live)
-        before = {**found, "step_s": found["step_s"][: args.live - 1]}
-        rows.append(summary("live", before, args.steps))
-        after = found["step_s"][args.live + 2 : args.live + 6]
-        rows.append({**summary("live, after the cut", found, args.steps), "right_after_s": float(np.median(after))})
-        rows[-1]["steps_s"] = [round(s, 3) for s in found["step_s"]]
-        rows[-1]["news"] = found["news"]
-        lab.rate(CUT_HOST, CUT_MBIT)
-        rows.append(
-            summary(
-                "long search for before the cut",
-                run(lab, steps, {"placement": f"{folder}/long-search.toml"}, folder),
-                args.steps,
-            )
-        )
+            save_placements(plan_file(folder, name), plans)
+            rows.append(summary(name, fixed_run(lab, steps, name, folder), args.steps))
     return rows
 
 
-def even(args: argparse.Namespace, folder: str) -> list[Row]:
+def fixed_run(lab: Lab, steps: int, name: str, folder: Path) -> Row:
+    """With one of the placements made in `fixed`."""
+    return run(lab, steps, {"placement": str(plan_file(folder, name))}, folder)
+
+
+def live(args: argparse.Namespace, folder: Path) -> list[Row]:
+    """The same hosts, balanced, and one more link that becomes slow."""
+    with Lab(UNEVEN) as lab:
+        compile_searches(lab.links())
+        found = run(lab, 2 * args.live, LIVE, folder, cut_at=args.live)
+    known = {name: found.pop(name) for name in ("links", "costs")}
+    known["count_LSE"] = pickle.loads((folder / "counts.pickle").read_bytes())
+    (folder / "known.pickle").write_bytes(pickle.dumps(known))
+    before = {**found, "step_s": found["step_s"][: args.live - 1]}
+    after = found["step_s"][args.live + 2 : args.live + 6]
+    last = summary("live, after the cut", found, args.steps)
+    last |= {"right_after_s": float(np.median(after)), "news": found["news"]}
+    last["steps_s"] = [round(s, 3) for s in found["step_s"]]
+    print("steps:", *(f"{s:.2f}" for s in found["step_s"]))
+    for one in found["news"]:
+        print("decision:", {name: value for name, value in one.items() if not isinstance(value, list)})
+    return [summary("live", before, args.steps), last]
+
+
+def cut(args: argparse.Namespace, folder: Path) -> list[Row]:
+    """What the placement of before the cut comes to after it."""
+    with Lab(UNEVEN) as lab:
+        lab.rate(CUT_HOST, CUT_MBIT)
+        found = fixed_run(lab, args.steps + WARM_UP, "long search", folder)
+    return [summary("long search for before the cut", found, args.steps)]
+
+
+def even(args: argparse.Namespace, folder: Path) -> list[Row]:
     """All links alike."""
     with Lab(EVEN) as lab:
+        compile_searches(lab.links())
         steps = args.steps + WARM_UP
         rows = [summary("even network, forced even", run(lab, steps, {}, folder, forced=True), args.steps)]
         rows.append(summary("even network, in a row", run(lab, steps, {}, folder), args.steps))
-        live = {"enabled": True, "slots": SLOTS, "interval": 6}
-        rows.append(summary("even network, live", run(lab, args.live, live, folder), args.steps))
+        rows.append(summary("even network, live", run(lab, args.live, LIVE, folder), args.steps))
+    return rows
+
+
+PARTS = {"fixed": fixed, "live": live, "cut": cut, "even": even}
+
+
+def all_rows(args: argparse.Namespace, folder: Path) -> list[Row]:
+    """Run the parts asked for; of the others take what lies in the folder."""
+    rows: list[Row] = []
+    for name, part in PARTS.items():
+        file = folder / f"{name}.json"
+        if name in args.only:
+            file.write_text(json.dumps(part(args, folder)))
+        if file.exists():
+            rows += json.loads(file.read_text())
     return rows
 
 
@@ -241,14 +315,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12, help="steps that are timed")
     parser.add_argument("--live", type=int, default=48, help="steps of live balancing before the cut, and after it")
-    parser.add_argument("--only", nargs="*", choices=["uneven", "even"], default=["uneven", "even"])
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--folder", type=Path, help="where parts leave their rows; else a folder for this run alone")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if why := missing():
         print(f"skipped: {why}")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [row for part in args.only for row in {"uneven": uneven, "even": even}[part](args, folder)]
+    with tempfile.TemporaryDirectory() as aside:
+        folder = args.folder or Path(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = all_rows(args, folder)
+        predicted = agreement(folder, rows) if (folder / "known.pickle").exists() else []
     same = [row["losses"] for row in rows if "forced" not in row["name"]]
     shortest = min(map(len, same))
     apart = max(abs(a / b - 1) for one in same for a, b in zip(one[:shortest], same[0], strict=False))
@@ -256,6 +334,7 @@ def main() -> None:
     for row in rows:
         del row["losses"]
     found = {"bench": "rebalance_lab", "date": time.strftime("%F"), "curves_apart": apart, "rows": rows}
+    found["predicted"] = predicted
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

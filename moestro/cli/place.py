@@ -26,7 +26,14 @@ def place(
     ),
     horizon: float = typer.Option(1000.0, "--horizon", help="Steps over which moving is spread."),
     current: Path | None = typer.Option(None, "--current", help="placement.toml in force; contiguous otherwise."),
-    merge_copies: bool = typer.Option(False, "--merge-copies", help="Tokens travel once per host (trace with pairs)."),
+    merge_copies: bool | None = typer.Option(
+        None,
+        help="Tokens travel once per host, for which the trace needs pairs; else as in the run.",
+        show_default=False,
+    ),
+    even_sources: bool = typer.Option(
+        False, "--even-sources", help="Every device sends the same, whatever ranks the trace is of."
+    ),
     effort: float = typer.Option(1.0, "--effort", help="1 is some 30 ms a layer."),
     prove: float = typer.Option(
         0.0, "--prove", help="Seconds a layer for a tighter bound, and for small layers a proof."
@@ -43,11 +50,13 @@ def place(
     from moestro.core.charts import standalone_svg
     from moestro.core.errors import PlacementError
     from moestro.core.files import write_text
-    from moestro.place.loads import read_trace
+    from moestro.place.loads import as_one_source, read_trace
     from moestro.place.plan_file import read_placements, save_placements
-    from moestro.place.report import charts, drawing, place_trace, table
+    from moestro.place.report import basis, charts, drawing, place_trace, table
 
     loads = read_trace(trace)
+    if even_sources:
+        loads = as_one_source(loads)
     park = read_cluster(cluster, settings)
     links = links_of(park, devices)
     layers, experts = loads.count_NLE.shape[1:]
@@ -64,7 +73,14 @@ def place(
             print(f"\rlayer {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     reports = place_trace(
-        loads, links, costs, held_LEG=held, effort=effort, prove_s=prove, merge_copies=merge_copies, say=say
+        loads,
+        links,
+        costs,
+        held_LEG=held,
+        effort=effort,
+        prove_s=prove,
+        merge_copies=merge_copies,
+        say=say,
     )
     if out is not None:
         save_placements(out, [one.after for one in reports])
@@ -73,7 +89,7 @@ def place(
     if as_json:
         print(json.dumps({"devices": links.devices, "layers": [_as_json(one) for one in reports]}))
         return
-    print("\n".join(table(reports)))
+    print("\n".join([basis(loads, reports), *table(reports)]))
     print(f"\nlayer {show_layer}: devices, their load, their experts (/n: n replicas, +: copied there)")
     print("\n".join(drawing(reports[show_layer])))
     if out is not None:

@@ -110,6 +110,14 @@ class Layout:
         return " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
 
 
+def places(layout: Layout) -> int:
+    """Places of an expert group that have tokens of their own, which ranks of tp share; 0 without expert groups.
+
+    Part p of the batch is at place p modulo this, and each place is as many neighbours of the group as fill it.
+    """
+    return 0 if layout.ep == 1 else max(layout.ep * layout.etp // layout.tp, 1)
+
+
 def _along(grid: NDArray[np.int64], *dims: int) -> list[list[int]]:
     """Groups that differ along `dims` of a grid of ranks."""
     rest = [dim for dim in range(grid.ndim) if dim not in dims]

@@ -1,16 +1,16 @@
 """Keep the holders of an expert equal, and bring experts to new holders while training goes on.
 
-    backward -> ReplicaSum()          every holder's gradient goes home, the sum comes back
+    backward -> ReplicaSum()          every holder adds up a part of the gradient, and the parts come back to all
     update   -> start_move() -> ... -> Moving.finish()    weights and moments, between an update and the next forward pass
 
-Both are one exchange with uneven sizes: who sends what follows from the tables, which all ranks have, so nothing is asked
-for. The home adds in the order of ranks and all holders apply the same sum to the same weights and moments: they stay
-equal to the bit. A move runs on process groups of its own (`Mesh.beside`), so that training's exchanges pass it.
+All are exchanges with uneven sizes: who sends what follows from the tables, which all ranks have, so nothing is asked
+for. Of an expert with r holders each adds up one r-th, in the order of ranks, so that links carry as much out as in, both
+times; all holders apply the same sum to the same weights and moments: they stay equal to the bit. A move runs on process groups of its own (`Mesh.beside`), so that training's exchanges pass it.
 
 Dimension key:  N numbers   E experts   R ranks   S slots of a rank
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,13 +21,26 @@ from moestro.dist.mesh import Axis, Pending
 from moestro.dist.slots import LayerSlots, SlotTable
 
 
-class _Piece(NamedTuple):
-    """One expert's gradient between this rank and a peer."""
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """One expert that this rank and others hold."""
 
-    peer: int
+    ranks: list[int]
+    """Its holders, rising."""
+    own: int
+    """Our place among them."""
     place: int
-    """Of its slot on this rank."""
+    """Of its slot here."""
     parameters: list[nn.Parameter]
+
+    @property
+    def others(self) -> list[tuple[int, int]]:
+        """Place and rank of every other holder."""
+        return [(place, rank) for place, rank in enumerate(self.ranks) if place != self.own]
+
+    def grads(self) -> list[Tensor]:
+        """Views of this rank's gradient."""
+        return [parameter.grad[self.place] for parameter in self.parameters if parameter.grad is not None]
 
 
 class ReplicaSum:
@@ -35,30 +48,23 @@ class ReplicaSum:
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
-        self.away: list[_Piece] = []
-        """Ours whose home is elsewhere, by home."""
-        self.home: list[_Piece] = []
-        """Others' whose home is here, by their rank."""
+        self.shared: list[_Shared] = []
+        """In order of layers and experts, on every rank."""
         self.parameters: list[nn.Parameter] = []
         self.needed, self.sent_bytes = False, 0.0
 
     def follow(self, layers: Sequence[LayerSlots]) -> None:
         """Learn who holds what from now on."""
-        own = self.axis.index
-        self.away, self.home, self.parameters = [], [], []
+        self.shared, self.parameters = [], []
         for layer in layers:
             assert layer.experts is not None
             parameters, size = list(layer.experts.parameters()), layer.table.size
             self.parameters += parameters
             for slot_P in layer.table.slot_EP.tolist():
-                (home, home_place), *others = (divmod(slot, size) for slot in sorted(set(slot_P)))
-                for rank, place in others:
-                    if rank == own:
-                        self.away.append(_Piece(home, place, parameters))
-                    if home == own:
-                        self.home.append(_Piece(rank, home_place, parameters))
-        self.away.sort(key=lambda piece: piece.peer)  # stable: layers and experts stay in order
-        self.home.sort(key=lambda piece: piece.peer)
+                ranks, places = zip(*(divmod(slot, size) for slot in sorted(set(slot_P))), strict=True)
+                if len(ranks) > 1 and self.axis.index in ranks:
+                    own = ranks.index(self.axis.index)
+                    self.shared.append(_Shared(list(ranks), own, places[own], parameters))
         self.needed = any(layer.table.replicated for layer in layers)
 
     @torch.no_grad()
@@ -69,41 +75,38 @@ class ReplicaSum:
                 parameter.grad = torch.zeros_like(parameter)
         if not self.needed:
             return
-        out, into = self._sizes(self.away), self._sizes(self.home)
-        came_N = self.axis.begin_swap(self._flat(self.away), out, into).wait()
-        for grad, part in _with(self.home, came_N):
-            grad += part
-        back_N = self.axis.begin_swap(self._flat(self.home), into, out).wait()
-        for grad, part in _with(self.away, back_N):
-            grad.copy_(part)
-        self.sent_bytes += 4.0 * (sum(out) + sum(into))
+        cuts = [torch.cat([grad.flatten() for grad in one.grads()]).tensor_split(len(one.ranks)) for one in self.shared]
+        parts_R: list[list[Tensor]] = [[] for _ in self.axis.ranks]
+        room_R: list[list[int]] = [[] for _ in self.axis.ranks]
+        for one, cut in zip(self.shared, cuts, strict=True):
+            for place, rank in one.others:
+                parts_R[rank].append(cut[place])
+                room_R[rank].append(len(cut[one.own]))
+        came_R = self._swap(parts_R, room_R)
+        sums = []
+        for one, cut in zip(self.shared, cuts, strict=True):
+            parts = [next(came_R[rank]) if rank != self.axis.index else cut[one.own] for rank in one.ranks]
+            sums.append(sum(parts[1:], start=parts[0]))
+        back_R: list[list[Tensor]] = [[] for _ in self.axis.ranks]
+        for one, total_N in zip(self.shared, sums, strict=True):
+            for _, rank in one.others:
+                back_R[rank].append(total_N)
+        came_R = self._swap(back_R, [[len(part) for part in parts] for parts in parts_R])
+        for one, total_N in zip(self.shared, sums, strict=True):
+            grads = one.grads()
+            whole_N = torch.cat([next(came_R[rank]) if rank != self.axis.index else total_N for rank in one.ranks])
+            for grad, part in zip(grads, whole_N.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
 
-    def _sizes(self, pieces: list[_Piece]) -> list[int]:
-        """Numbers to or from every rank."""
-        sizes = [0] * self.axis.size
-        for piece in pieces:
-            sizes[piece.peer] += sum(parameter[0].numel() for parameter in piece.parameters)
-        return sizes
-
-    def _flat(self, pieces: list[_Piece]) -> Tensor:
-        parts = [grad.flatten() for grad in _grads(pieces)]
-        return torch.cat(parts) if parts else torch.zeros(0, device=self.parameters[0].device)
-
-
-def _grads(pieces: Iterable[_Piece]) -> list[Tensor]:
-    return [
-        parameter.grad[piece.place]
-        for piece in pieces
-        for parameter in piece.parameters
-        if parameter.grad is not None
-    ]
-
-
-def _with(pieces: list[_Piece], flat_N: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Every gradient beside its part of a message."""
-    grads = _grads(pieces)
-    parts = flat_N.split([grad.numel() for grad in grads]) if grads else ()
-    return [(grad, part.view_as(grad)) for grad, part in zip(grads, parts, strict=True)]
+    def _swap(self, parts_R: list[list[Tensor]], room_R: list[list[int]]) -> list[Iterator[Tensor]]:
+        """Send parts to every rank; what comes from each, cut as `room_R` says."""
+        parts = [part for parts in parts_R for part in parts]
+        sent_N = torch.cat(parts) if parts else self.parameters[0].new_zeros(0)
+        send = [sum(map(len, parts)) for parts in parts_R]
+        receive = [sum(room) for room in room_R]
+        came_N = self.axis.begin_swap(sent_N, send, receive).wait()
+        self.sent_bytes += 4.0 * sum(send)
+        return [iter(one.split(room)) for one, room in zip(came_N.split(receive), room_R, strict=True)]
 
 
 class Copy(NamedTuple):

@@ -5,8 +5,8 @@
 Every rank of the expert axis has S slots per layer; a slot holds one expert or is empty, and a slot's number is
 rank * S + place. Of a rank's tokens of one expert, in the order of tokens, the first share goes to the expert's first
 holder, the next to the second, and so on: a pure function of the choice and the table, so the router is not touched,
-and what tokens of two experts have in common stays together. The first holder is the expert's home: it sums gradients
-(`dist.replicas`), counts in norms, and writes checkpoints.
+and what tokens of two experts have in common stays together. The first holder is the expert's home: it counts in norms and
+writes checkpoints.
 
 Dimension key:  T tokens   K choices   N routed rows   E experts   P holders of an expert   R ranks   S slots of a rank
 """

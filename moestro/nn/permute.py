@@ -68,6 +68,14 @@ def count_of(index_A: Tensor, num: int) -> Tensor:
     return count_X.scatter_add_(0, index_A.long(), torch.ones_like(index_A, dtype=torch.int64))
 
 
+def pairs_of(expert_TK: Tensor, num_experts: int) -> Tensor:
+    """pair_X, float32: how many tokens chose both of two experts, pairs in the order (0,1) (0,2) ... (1,2) ..."""
+    chosen_TE = torch.zeros(len(expert_TK), num_experts + 1, device=expert_TK.device).scatter_(1, expert_TK, 1.0)
+    chosen_TE = chosen_TE[:, :num_experts]
+    first_X, second_X = torch.triu_indices(num_experts, num_experts, 1, device=expert_TK.device)
+    return (chosen_TE.T @ chosen_TE)[first_X, second_X]
+
+
 def row_weights(weight_TK: Tensor, order: Order) -> Tensor:
     """weight_N: the routing weight of every row; 0, also to the gradient, where a row is of an unused slot."""
     weight_N = weight_TK.flatten()[order.source_N]

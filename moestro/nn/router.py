@@ -22,13 +22,15 @@ from moestro.nn import losses
 from moestro.nn import routing_rules as rules
 from moestro.nn.kernels import gpu
 from moestro.nn.peers import Alone, Peers
-from moestro.nn.permute import count_of
+from moestro.nn.permute import count_of, pairs_of
 from moestro.nn.routing_budget import Budget, budget_at, histogram
 from moestro.nn.routing_rules import Choice, Scores
 
 L1_STEP = 1.2
 """relu: factor by which the sparsity weight follows the budget (ReMoE, Wang 2024)."""
 L1_START = 1e-8
+LOGGED = ("count_E", "loss", "balance", "entropy", "pair_X", "source_SE")
+"""What is wanted of a record on the host."""
 BIAS_ROUNDS = 4
 """quantile balancing: alternations of the dual solution."""
 
@@ -56,6 +58,10 @@ class RoutingRecord:
     """The score at which each expert's share of tokens ends; expert_choice and quantile."""
     solved_bias_E: Tensor | None = None
     """The bias that would have balanced these tokens; quantile balancing."""
+    pair_X: Tensor | None = None
+    """How many tokens chose both of two experts (`permute.pairs_of`); in steps that count them."""
+    source_SE: Tensor | None = None
+    """The counts by where tokens come from; known once several ranks have told each other."""
 
     @property
     def mean_experts(self) -> float:
@@ -86,6 +92,9 @@ def merge(records: Sequence[RoutingRecord]) -> RoutingRecord:
         decisions=first.decisions,
         cutoff_E=None if first.cutoff_E is None else mean("cutoff_E"),
         solved_bias_E=None if first.solved_bias_E is None else mean("solved_bias_E"),
+        pair_X=None
+        if first.pair_X is None
+        else torch.stack([r.pair_X for r in records if r.pair_X is not None]).sum(0),
     )
 
 
@@ -93,14 +102,14 @@ def read_back(numbers: Sequence[Tensor], records: Sequence[RoutingRecord]) -> tu
     """Numbers, and what is logged of records, in one copy from the device; on a CPU the records themselves."""
     if all(number.device.type == "cpu" for number in numbers):
         return [float(number) for number in numbers], list(records)
-    wanted = [(record.count_E, record.loss, record.balance, record.entropy) for record in records]
-    parts = [*numbers, *(tensor.detach() for row in wanted for tensor in row)]
+    wanted = [{name: tensor for name in LOGGED if (tensor := getattr(record, name)) is not None} for record in records]
+    parts = [*numbers, *(tensor.detach() for row in wanted for tensor in row.values())]
     flat = torch.cat([part.double().flatten() for part in parts]).cpu()
     values = [piece.view(part.shape) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
-    rows = [values[first : first + 4] for first in range(len(numbers), len(values), 4)]
+    left = iter(values[len(numbers) :])
     known = [
-        replace(record, count_E=count_E.float(), loss=loss, balance=balance, entropy=entropy)
-        for record, (count_E, loss, balance, entropy) in zip(records, rows, strict=True)
+        replace(record, **{name: next(left).to(tensor.dtype) for name, tensor in row.items()})
+        for record, row in zip(records, wanted, strict=True)
     ]
     return [float(value) for value in values[: len(numbers)]], known
 
@@ -122,6 +131,8 @@ class Router(nn.Module):
         self.peers: Peers = Alone()
         self.fused: bool | None = None
         """By the Triton kernels: None where they know the rule and run."""
+        self.counts_pairs = False
+        """Whether records say which experts were chosen together."""
         self.budget = Budget(spec.threshold_decay, spec.integral_gain)
         if spec.rule == "topp" and spec.threshold:
             self.budget.threshold.fill_(spec.threshold)
@@ -204,6 +215,7 @@ class Router(nn.Module):
             entropy=found.entropy,
             experts_T=found.used_T,
             decision_B=found.decision_B.float() if gap and self.training else None,
+            pair_X=self._pairs(found.expert_TK),
         )
         return Choice(found.expert_TK, found.weight_TK, found.gap_T[:, None] if gap else None), record
 
@@ -255,7 +267,11 @@ class Router(nn.Module):
             decisions=1 if decisions is None else decisions.shape[1],
             cutoff_E=cutoff_E,
             solved_bias_E=self._solved_bias(scores) if self.training else None,
+            pair_X=self._pairs(choice.expert_TK),
         )
+
+    def _pairs(self, expert_TK: Tensor) -> Tensor | None:
+        return pairs_of(expert_TK.long(), self.num_experts) if self.counts_pairs and self.training else None
 
     def _whole(self, count_E: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
         """Counts and tokens of the micro-batch on all ranks; None where the tokens here are all there are."""

@@ -3,7 +3,7 @@
 Both give the same answers (no fast-math, a random generator of our own); plain Python takes some hundred times longer,
 so `solve` searches less there. The first call on a machine compiles for some seconds. Compiled code is kept in the
 user's cache in a folder named by a hash of all kernels' sources: numba itself only watches a function's own file, and
-would keep a caller of one that changed.
+would keep a caller of one that changed. Where nothing can be written, every process compiles for itself.
 """
 
 import functools
@@ -41,6 +41,8 @@ def compiled(function: Callable[P, R], inline: bool = False) -> Callable[P, R]:
     numba.config.CACHE_DIR = _cache_folder()
     try:
         made: Callable[P, R] = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=inline)(function)
+    except RuntimeError:  # neither the user's cache nor the package's folder can be written
+        made = numba.njit(nogil=True, error_model="numpy", forceinline=inline)(function)
     finally:
         numba.config.CACHE_DIR = before
     return made

@@ -1,7 +1,11 @@
 """Loads over time as a picture: rows are experts, columns are stretches of steps, for a terminal or as charts.
 
-Dimension key:  N records   L layers   E experts   B stretches of steps
+Beside it in words and numbers: who sends to whom (source x expert), and which experts are chosen together.
+
+Dimension key:  N records   L layers   E experts   S sources   X pairs of experts   B stretches of steps
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,12 +13,15 @@ from numpy.typing import NDArray
 from moestro.core.axes import Axis
 from moestro.core.charts import Chart, Shades, heat_map, shades_key
 from moestro.core.errors import DataError
-from moestro.place.loads import Trace
+from moestro.place.loads import Trace, pair_index
 from moestro.place.predict import Predictor
 
 SHADES = " ·░▒▓█"
 """From no tokens to four times the mean."""
 COLUMNS = 64
+LATELY = 20
+"""Last steps that sources are compared over."""
+SHOWN_PAIRS = 8
 HIGH = 4.0
 
 
@@ -56,6 +63,83 @@ def summary_lines(trace: Trace) -> list[str]:
         idle = int((trace.count_NLE[-1, layer] == 0).sum())
         drift, error = 50 * predictor.drift_L[layer], 50 * error_L[layer]
         lines.append(f"{layer:5d} {over:9.2f} {idle:5d} {drift:11.2f} % {error:12.1f} %")
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two experts."""
+
+    first: int
+    second: int
+    times: int
+    """Tokens that chose both, in all steps whose pairs were counted."""
+    over_chance: float
+    """Times as often as if experts were chosen independently of each other, as popular as they are."""
+
+
+def top_pairs(trace: Trace, layer: int, number: int = SHOWN_PAIRS) -> list[Pair]:
+    """The pairs most often chosen together; empty where none were counted."""
+    pair_X = trace.pair_PLX[:, layer].sum(axis=0)
+    if not pair_X.sum():
+        return []
+    first_X, second_X = pair_index(trace.count_NLE.shape[2])
+    count_E = trace.count_NLE[np.isin(trace.step_N, trace.pair_step_P), layer].sum(axis=0).astype(float)
+    chance_X = count_E[first_X] * count_E[second_X]
+    over_X = pair_X / np.maximum(chance_X * (pair_X.sum() / max(chance_X.sum(), 1e-12)), 1e-12)
+    best_X = np.argsort(-pair_X, kind="stable")[:number]
+    return [Pair(int(first_X[x]), int(second_X[x]), int(pair_X[x]), float(over_X[x])) for x in best_X if pair_X[x]]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What one source sent lately."""
+
+    over_mean: float
+    """Its rows over those of the mean source."""
+    busiest: int
+    """Its most popular expert."""
+    busiest_over_mean: float
+    """That expert's rows over the mean expert's."""
+    apart: float
+    """Share of its rows that would have to go elsewhere for it to choose as all sources together do."""
+
+
+def sources_of(trace: Trace, layer: int) -> list[Source]:
+    """Every source of the last steps; empty where there is but one."""
+    row_SE = trace.source_MLSE[-LATELY:, layer].sum(axis=0).astype(float)
+    if len(row_SE) < 2:
+        return []
+    total_S, mean_E = np.maximum(row_SE.sum(axis=1), 1e-12), row_SE.sum(axis=0) / max(row_SE.sum(), 1e-12)
+    share_SE = row_SE / total_S[:, None]
+    apart_S = np.abs(share_SE - mean_E).sum(axis=1) / 2
+    return [
+        Source(
+            over_mean=float(total / total_S.mean()),
+            busiest=int(share_E.argmax()),
+            busiest_over_mean=float(share_E.max() * len(share_E)),
+            apart=float(apart),
+        )
+        for total, share_E, apart in zip(total_S, share_SE, apart_S, strict=True)
+    ]
+
+
+def together_lines(trace: Trace, layer: int) -> list[str]:
+    """Sources and pairs of a layer in words, where the trace has them."""
+    lines = []
+    if sources := sources_of(trace, layer):
+        lines.append(f"{'source':>6s} {'rows/mean':>10s} {'busiest expert':>15s} {'chooses otherwise':>18s}")
+        lines += [
+            f"{number:6d} {one.over_mean:10.2f} {one.busiest:6d} ({one.busiest_over_mean:5.2f}) "
+            f"{100 * one.apart:16.1f} %"
+            for number, one in enumerate(sources)
+        ]
+    if pairs := top_pairs(trace, layer):
+        lines += ["", f"chosen together most often, over {len(trace.pair_step_P)} steps:"]
+        lines += [
+            f"{pair.first:6d} and {pair.second:3d}  {pair.times:9,d} tokens, {pair.over_chance:.2f} times as by chance"
+            for pair in pairs
+        ]
     return lines
 
 

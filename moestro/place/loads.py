@@ -1,27 +1,33 @@
-"""The load trace: how many tokens every expert of every layer got, step by step, on disk.
+"""The load trace: what every expert of every layer got from every source, step by step, on disk.
 
-    LoadWriter.append(step, count_LE) ... -> loads.trace -> read_loads -> (step_N, count_NLE)
+    LoadWriter.append(step, count_LSE, pair_LX) ... -> loads.trace -> read_trace -> Trace
 
-One JSON header line, then fixed records of uint32: the step, then the counts, layer after layer, by source rank where
-the header says so, then pairs of experts chosen together where it says so. A killed run leaves at
-most one torn record, which reading drops; where a resumed run went back, its records replace the earlier ones.
-No torch.
+One JSON header line, then records: four numbers of 32 bits (step, sources, flags, bytes of each further number), the
+counts, layer after layer and source after source, and in some records how often two experts were chosen together.
+Numbers take two bytes where all of a record fit. A record says itself how long it is, so a run may go on with other
+sources: a source is a place in an expert group, that is the ranks whose tokens start there; one process is one source.
+A killed run leaves at most one torn record, which reading drops and writing cuts off; where a resumed run went back,
+its records replace the earlier ones. No torch.
 
-Dimension key:  N records   L sparse layers   E experts   S source ranks   X pairs of experts   T tokens   K choices
+Dimension key:  N records   L sparse layers   E experts   S sources   X pairs of experts   M, P some of the records
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moestro.core.errors import CheckpointError, DataError
+from moestro.core.errors import CheckpointError, DataError, PlacementError
 from moestro.core.files import cannot_write
 
-FORMAT = "moestro-loads-1"
+FORMAT = "moestro-loads-2"
+HEAD = 4
+"""Numbers at the beginning of a record."""
+PAIRS, MERGES = 1, 2
+"""Flags: pairs follow the counts; tokens travel once to each host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +36,14 @@ class Trace:
 
     step_N: NDArray[np.int64]
     count_NLE: NDArray[np.int64]
-    source_NLSE: NDArray[np.int64] | None = None
-    """The counts by the rank that the tokens come from."""
-    pair_NLX: NDArray[np.int64] | None = None
+    source_MLSE: NDArray[np.int64]
+    """The counts by where tokens come from, of the last records, all with as many sources as the very last."""
+    pair_step_P: NDArray[np.int64]
+    """Steps whose pairs were counted."""
+    pair_PLX: NDArray[np.int64]
     """How often two experts were chosen together, pairs in the order of `pair_index`."""
+    merges: bool
+    """Whether the run's dispatch sent a token to a host once, whatever number of its experts was there."""
 
 
 def pair_index(num_experts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -42,51 +52,57 @@ def pair_index(num_experts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return first_X.astype(np.int64), second_X.astype(np.int64)
 
 
-def count_pairs(expert_TK: NDArray[np.integer], num_experts: int) -> NDArray[np.int64]:
-    """pair_X of one layer's choices; -1 marks a slot that is not used."""
-    together_EE = np.zeros((num_experts + 1, num_experts + 1), np.int64)
-    for one in range(expert_TK.shape[1]):
-        for other in range(one + 1, expert_TK.shape[1]):
-            key_T = expert_TK[:, one].astype(np.int64) * (num_experts + 1) + expert_TK[:, other]
-            used_T = (expert_TK[:, one] >= 0) & (expert_TK[:, other] >= 0)
-            together_EE += np.bincount(key_T[used_T], minlength=together_EE.size).reshape(together_EE.shape)
-    together_EE = together_EE[:num_experts, :num_experts]
-    return np.asarray((together_EE + together_EE.T)[pair_index(num_experts)])
+def spread_sources(count_LSE: NDArray[np.float64], devices: int) -> NDArray[np.float64]:
+    """count_LGE: each source is as many neighbouring devices as there are for it, all alike.
+
+    raises  PlacementError where the devices do not cover the sources evenly
+    """
+    sources = count_LSE.shape[1]
+    if devices % sources:
+        raise PlacementError(
+            f"the trace was recorded on {sources} ranks, the cluster has {devices} devices; "
+            "give the cluster they ran on, or leave sources out with --even-sources"
+        )
+    return np.asarray(np.repeat(count_LSE, devices // sources, axis=1) / (devices // sources))
+
+
+def as_one_source(trace: Trace) -> Trace:
+    """The same counts, not knowing where tokens come from."""
+    return replace(trace, source_MLSE=trace.count_NLE[:, :, None])
 
 
 class LoadWriter:
     """Appends records; creates the file with its header where there is none.
 
-    sources  record the counts of each of so many source ranks instead of their sum
-    pairs    record how often two experts were chosen together
+    merges   dispatch sends a token to a host once
     """
 
-    def __init__(self, path: Path, num_layers: int, num_experts: int, sources: int = 0, pairs: bool = False) -> None:
-        self.path, self.shape = path, (num_layers, *([sources] if sources else []), num_experts)
-        self.pairs = (num_layers, num_experts * (num_experts - 1) // 2) if pairs else (0, 0)
-        extra = ({"sources": sources} if sources else {}) | ({"pairs": True} if pairs else {})
-        header = {"format": FORMAT, "layers": num_layers, "experts": num_experts, **extra}
+    def __init__(self, path: Path, num_layers: int, num_experts: int, merges: bool = False) -> None:
+        self.path, self.layers, self.experts, self.merges = path, num_layers, num_experts, merges
+        header = {"format": FORMAT, "layers": num_layers, "experts": num_experts}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 path.write_text(json.dumps(header) + "\n")
             elif (found := _read_header(path)[0]) != header:
                 raise CheckpointError(f"{path} is a trace of another model ({found}); move it away")
-            _cut_torn_record(path, _numbers(header))
+            _cut_torn_record(path)
             self._file: IO[bytes] = path.open("ab")
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not a load trace ({error}); move it away") from error
         except OSError as error:
             raise cannot_write(path, error) from error
 
-    def append(self, step: int, count: NDArray[np.integer], pair_LX: NDArray[np.integer] | None = None) -> None:
-        """Add one step; raises StorageError when the disk is full.
-
-        count  count_LE, or count_LSE in a trace with sources
-        """
-        assert count.shape == self.shape
-        assert (pair_LX is not None) == bool(self.pairs[0])
-        parts = [np.array([step]), count.ravel(), *([] if pair_LX is None else [pair_LX.ravel()])]
+    def append(self, step: int, count_LSE: NDArray[np.integer], pair_LX: NDArray[np.integer] | None = None) -> None:
+        """Add one step; raises StorageError when the disk is full."""
+        assert (count_LSE.shape[0], count_LSE.shape[2]) == (self.layers, self.experts)
+        parts = [count_LSE.ravel(), *([] if pair_LX is None else [pair_LX.ravel()])]
+        wide = any(part.max(initial=0) >= 1 << 16 for part in parts)
+        flags = PAIRS * (pair_LX is not None) | MERGES * self.merges
+        head = np.array([step, count_LSE.shape[1], flags, 4 if wide else 2], "<u4")
+        body = [part.astype("<u4" if wide else "<u2").tobytes() for part in parts]
         try:
-            self._file.write(np.concatenate(parts).astype("<u4").tobytes())
+            self._file.write(b"".join([head.tobytes(), *body]))
             self._file.flush()
         except OSError as error:
             raise cannot_write(self.path, error) from error
@@ -103,32 +119,73 @@ def read_loads(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def read_trace(path: Path) -> Trace:
-    """Everything in a trace; raises DataError for another kind of file or one without a whole record."""
+    """Everything in a trace; raises DataError for another kind of file."""
     try:
         header, offset = _read_header(path)
-        body = np.frombuffer(path.read_bytes()[offset:], dtype=np.uint8)
         layers, experts = int(header["layers"]), int(header["experts"])
-        sources = int(header.get("sources", 0))
-        width = 4 * _numbers(header)
+        body = path.read_bytes()
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} is not a load trace ({error})") from error
-    record_NW = body[: len(body) // width * width].view("<u4").reshape(-1, width // 4).astype(np.int64)
-    record_NW = record_NW[_without_replaced(record_NW[:, 0])]
-    size = layers * max(sources, 1) * experts
-    count = record_NW[:, 1 : 1 + size].reshape(len(record_NW), layers, max(sources, 1), experts)
+    records = _records(memoryview(body), offset, layers, experts)
+    step_N = np.array([record.step for record in records], np.int64)
+    records = [record for record, kept in zip(records, _without_replaced(step_N), strict=True) if kept]
+    count_NLSE = [record.counts(body, layers, experts) for record in records]
+    sources = records[-1].sources if records else 1
+    alike = next((n for n, record in enumerate(reversed(records)) if record.sources != sources), len(records))
+    paired = [record for record in records if record.flags & PAIRS]
+    pairs = experts * (experts - 1) // 2
     return Trace(
-        step_N=record_NW[:, 0],
-        count_NLE=count.sum(axis=2),
-        source_NLSE=count if sources else None,
-        pair_NLX=record_NW[:, 1 + size :].reshape(len(record_NW), layers, -1) if header.get("pairs") else None,
+        step_N=np.array([record.step for record in records], np.int64),
+        count_NLE=np.array([count_LSE.sum(axis=1) for count_LSE in count_NLSE], np.int64).reshape(-1, layers, experts),
+        source_MLSE=np.array(count_NLSE[len(records) - alike :]).reshape(-1, layers, sources, experts),
+        pair_step_P=np.array([record.step for record in paired], np.int64),
+        pair_PLX=np.array([record.pairs(body, layers, experts) for record in paired]).reshape(-1, layers, pairs),
+        merges=bool(records and records[-1].flags & MERGES),
     )
 
 
-def _numbers(header: dict[str, Any]) -> int:
-    """Numbers of one record."""
-    layers, experts = int(header["layers"]), int(header["experts"])
-    pairs = experts * (experts - 1) // 2 if header.get("pairs") else 0
-    return 1 + layers * (experts * max(int(header.get("sources", 0)), 1) + pairs)
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """Where a record's numbers lie."""
+
+    step: int
+    sources: int
+    flags: int
+    width: int
+    start: int
+    """Of the counts, in bytes of the file."""
+
+    def _numbers(self, body: bytes, skip: int, number: int) -> NDArray[np.int64]:
+        return np.frombuffer(body, f"<u{self.width}", number, self.start + skip * self.width).astype(np.int64)
+
+    def counts(self, body: bytes, layers: int, experts: int) -> NDArray[np.int64]:
+        """count_LSE."""
+        return self._numbers(body, 0, layers * self.sources * experts).reshape(layers, self.sources, experts)
+
+    def pairs(self, body: bytes, layers: int, experts: int) -> NDArray[np.int64]:
+        """pair_LX, where the flags say that there are any."""
+        number = layers * (experts * (experts - 1) // 2)
+        return self._numbers(body, layers * self.sources * experts, number).reshape(layers, -1)
+
+    def end(self, layers: int, experts: int) -> int:
+        """Where the next record begins."""
+        pairs = experts * (experts - 1) // 2 if self.flags & PAIRS else 0
+        return self.start + self.width * layers * (self.sources * experts + pairs)
+
+
+def _records(body: "memoryview | np.memmap[Any, Any]", offset: int, layers: int, experts: int) -> list[_Record]:
+    """All whole records after the header."""
+    found: list[_Record] = []
+    while offset + 4 * HEAD <= len(body):
+        step, sources, flags, width = np.frombuffer(body[offset : offset + 4 * HEAD], "<u4").tolist()
+        record = _Record(step, sources, flags, width, offset + 4 * HEAD)
+        if width not in (2, 4) or not sources or flags > PAIRS | MERGES:
+            break  # what a machine leaves that lost its power
+        offset = record.end(layers, experts)
+        if offset > len(body):
+            break
+        found.append(record)
+    return found
 
 
 def _without_replaced(step_N: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -146,9 +203,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, len(line)
 
 
-def _cut_torn_record(path: Path, numbers: int) -> None:
-    offset = _read_header(path)[1]
-    torn = (path.stat().st_size - offset) % (4 * numbers)
-    if torn:
+def _cut_torn_record(path: Path) -> None:
+    header, offset = _read_header(path)
+    layers, experts = int(header["layers"]), int(header["experts"])
+    records = _records(np.memmap(path, np.uint8, "r"), offset, layers, experts)
+    whole = records[-1].end(layers, experts) if records else offset
+    if whole < path.stat().st_size:
         with path.open("r+b") as file:
-            file.truncate(path.stat().st_size - torn)
+            file.truncate(whole)

@@ -27,11 +27,13 @@ from moestro.place.cost import (
     exchange_bytes,
     step_time,
 )
-from moestro.place.loads import Trace, pair_index
+from moestro.place.loads import Trace, pair_index, spread_sources
 from moestro.place.predict import Predictor
 from moestro.place.solve import solve, split
 
 Floats = NDArray[np.float64]
+RECENT = 5
+"""Steps with pairs whose pairs are taken together."""
 WORTH_IT = 0.98
 """A placement made afresh must be this much faster than one near the placement in force."""
 
@@ -71,46 +73,62 @@ class LayerReport:
 
 
 def source_loads(trace: Trace, devices: int) -> tuple[Floats, Floats]:
-    """Predicted token_LSE and error_L from a trace; without sources every device sends the same.
+    """Predicted token_LSE and error_L from a trace.
 
-    raises  PlacementError when the trace was recorded on another number of ranks
+    raises  PlacementError when the trace was recorded on a number of ranks that does not fit
     """
     if not len(trace.step_N):
         raise PlacementError("the trace has no steps; train a few first")
-    _, layers, experts = trace.count_NLE.shape
-    if trace.source_NLSE is None:
-        predictor = Predictor(layers, experts)
-        for count_LE in trace.count_NLE:
-            predictor.update(count_LE)
-        load_LE, error_L = predictor.predict()
-        return np.repeat(load_LE[:, None] / devices, devices, axis=1), error_L
-    sources = trace.source_NLSE.shape[2]
-    if sources != devices:
-        raise PlacementError(
-            f"the trace was recorded on {sources} ranks, the cluster has {devices} devices; "
-            "give the cluster they ran on"
-        )
+    _, layers, sources, experts = trace.source_MLSE.shape
     predictor = Predictor(layers, sources * experts)
-    for count_LSE in trace.source_NLSE:
+    for count_LSE in trace.source_MLSE:
         predictor.update(count_LSE.reshape(layers, -1))
     load_LX, error_L = predictor.predict()
-    return load_LX.reshape(layers, sources, experts), error_L
+    return spread_sources(load_LX.reshape(layers, sources, experts), devices), error_L
 
 
 def token_sets(trace: Trace, number: int, token_SE: Floats, links: Links) -> tuple[TokenSet, ...]:
-    """Pairs of experts as token sets, by host in proportion to tokens; exact where tokens choose two."""
-    assert trace.pair_NLX is not None
-    pair_X = trace.pair_NLX[-1, number].astype(float)
-    first_X, second_X = pair_index(token_SE.shape[1])
-    total_E = np.maximum(token_SE.sum(axis=0), 1e-12)
+    """Experts that were chosen together lately, as token sets, by host in proportion to tokens.
+
+    Sets of one host have just its tokens of every expert: what is in no pair was chosen alone, and where tokens choose
+    more than two, they are taken apart into pairs that count for less.
+    """
+    pair_X, count_E = recent_pairs(trace, number)
+    experts = len(count_E)
+    first_X, second_X = pair_index(experts)
+    token_HE = np.zeros((links.hosts, experts))
+    np.add.at(token_HE, links.host_G, token_SE)
+    part_HE = token_HE / np.maximum(token_SE.sum(axis=0), 1e-12)
+    pair_X = pair_X * (token_SE.sum() / max(count_E.sum(), 1.0))
+
+    def paired_E(here_X: Floats) -> Floats:
+        return np.asarray(np.bincount(first_X, here_X, experts) + np.bincount(second_X, here_X, experts), float)
+
     found = []
-    for host in range(links.hosts):
-        part_E = token_SE[links.host_G == host].sum(axis=0) / total_E
-        for x in np.flatnonzero(pair_X):
-            part = float(np.sqrt(part_E[first_X[x]] * part_E[second_X[x]]))
-            if part > 0:
-                found.append(TokenSet(host, (int(first_X[x]), int(second_X[x])), float(pair_X[x]) * part))
+    for host, (token_E, part_E) in enumerate(zip(token_HE, part_HE, strict=True)):
+        here_X = pair_X * np.sqrt(part_E[first_X] * part_E[second_X])
+        room_E = token_E / np.maximum(paired_E(here_X), token_E + 1e-300)
+        here_X *= np.minimum(room_E[first_X], room_E[second_X])
+        alone_E = token_E - paired_E(here_X)
+        found += [TokenSet(host, (int(first_X[x]), int(second_X[x])), float(here_X[x])) for x in here_X.nonzero()[0]]
+        found += [TokenSet(host, (int(e),), float(alone_E[e])) for e in np.flatnonzero(alone_E > 0)]
     return tuple(found)
+
+
+def recent_pairs(trace: Trace, number: int) -> tuple[Floats, Floats]:
+    """pair_X and count_E of one layer over the last steps whose pairs were counted."""
+    known_N = np.isin(trace.step_N, trace.pair_step_P[-RECENT:])
+    pair_PX, count_PE = trace.pair_PLX[-RECENT:, number], trace.count_NLE[known_N, number]
+    return pair_PX.astype(float).sum(axis=0), count_PE.astype(float).sum(axis=0)
+
+
+def basis(trace: Trace, reports: Sequence[LayerReport]) -> str:
+    """What of the trace the plan was made from, in a line."""
+    sources, devices = trace.source_MLSE.shape[2], reports[0].layer.links.devices
+    by_source = f"loads of {sources} sources on {devices} devices" if sources > 1 else "every device alike"
+    steps = min(len(trace.pair_step_P), RECENT)
+    together = f"copies to one host merged, by pairs of {steps} steps" if reports[0].layer.sets else "every copy sent"
+    return f"{by_source}; {together}"
 
 
 def place_trace(
@@ -121,17 +139,20 @@ def place_trace(
     held_LEG: Sequence[Bools] | None = None,
     effort: float = 1.0,
     prove_s: float = 0.0,
-    merge_copies: bool = False,
+    merge_copies: bool | None = None,
     say: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerReport]:
     """Place every layer.
 
     held_LEG       placements in force; contiguous without
     prove_s        seconds for a tighter bound of every layer; from 1 s on small layers are also tried exactly
-    merge_copies   tokens travel once per host; needs a trace with pairs
+    merge_copies   tokens travel once per host, which needs pairs; None: as they did in the run, where it has pairs
     """
-    if merge_copies and trace.pair_NLX is None:
-        raise PlacementError("the trace has no pairs of experts; record it with pairs, or leave --merge-copies out")
+    if merge_copies and not len(trace.pair_step_P):
+        raise PlacementError(
+            "the trace has no pairs of experts; train with train.pairs_every above 0, or leave --merge-copies out"
+        )
+    merge_copies = trace.merges and len(trace.pair_step_P) > 0 if merge_copies is None else merge_copies
     token_LSE, error_L = source_loads(trace, links.devices)
     speed_G = links.speed_G if links.speed_G.size else np.ones(links.devices)
     reports = []

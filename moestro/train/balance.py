@@ -5,9 +5,8 @@
 A network or memory that does not do ends rebalancing with a line, not the run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +14,22 @@ from torch import Tensor
 
 from moestro.core.errors import ClusterError, ConfigError, Error, PlacementError
 from moestro.dist.mesh import Mesh
+from moestro.dist.timeline import Spent
 from moestro.nn.decoder import Decoder
 from moestro.nn.moe import MoE
 from moestro.nn.router import RoutingRecord
 from moestro.place.compiled import COMPILED
 from moestro.place.cost import Placement, contiguous, even_split
 from moestro.place.plan_file import read_placements
-from moestro.place.planner import compile_searches
 from moestro.train.balance_spec import default_slots
 from moestro.train.device import pick_dtype
 from moestro.train.ledger import News
 from moestro.train.park import Network, network_of, rows_per_s
 from moestro.train.placed import PREFIX, PlacedExperts
-from moestro.train.rebalance import Costs, Rebalancer, Said, fitting_slots
+from moestro.train.rebalance import Costs, First, Rebalancer, Said, fitting_slots
 from moestro.train.recipe import Recipe
 from moestro.train.shards import Shards
 
-First = Callable[[Callable[[], Any]], Any]
-"""Lets the leader work; all have the result (`Engine.first`)."""
 SLOW = (
     "balance: numba is not installed, so placements are searched a fiftieth as long; pip install 'moestro[place]' for "
     "the whole search"
@@ -46,18 +43,23 @@ class Balance:
         self.placed, self.rebalancer, self._news = placed, rebalancer, list(news)
 
     def watch(self, records: Sequence[RoutingRecord]) -> None:
-        """Count a step's choices of this rank."""
+        """Count a step's choices of all ranks."""
         if self.rebalancer:
             self.rebalancer.watch(records)
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer, first: First) -> bool:
-        """Decide where it is time; True where placements are new."""
-        if self.rebalancer is None or not self.rebalancer.due(step):
+        """Decide where it is time, and put into force what was decided; True where placements are new."""
+        if self.rebalancer is None:
             return False
-        decided = self.rebalancer.renew(first, optimizer)
-        if decided:
-            self._news.append(decided)
-        return True
+        new, said = self.rebalancer.after_step(step, first, optimizer)
+        if said:
+            self._news.append(said)
+        return new
+
+    def learn(self, spent: Sequence[Spent]) -> None:
+        """Take in where the time of steps went."""
+        if self.rebalancer:
+            self.rebalancer.whole_steps.learn(spent)
 
     def news(self, step: int) -> list[News]:
         """What happened since the last call."""
@@ -99,7 +101,6 @@ def open_balance(recipe: Recipe, model: Decoder, mesh: Mesh, first: First) -> Ba
         try:
             found = network_of(spec, mesh, first)
             slots = _slots(slots, needed, found, model, layers)
-            first(lambda: compile_searches(found.links))
             network = found
             news.append(Said(f"balance: {slots} slots a layer and rank, {found.source}", {"slots": slots}))
         except (ClusterError, ConfigError) as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moestro.dist.mesh import Mesh
-from moestro.dist.timeline import CLOCK, PARTS, agree
+from moestro.dist.timeline import CLOCK, PARTS, Spent, agree
 from moestro.train.shares import Shares
 
 EVERY = 5
@@ -31,10 +31,10 @@ class Ledger:
     def __init__(self, mesh: Mesh, shares: Shares, every: int) -> None:
         self.mesh, self.shares, self.every = mesh, shares, every
 
-    def news(self, step: int, last: bool) -> list[News]:
+    def news(self, step: int, last: bool) -> tuple[list[Spent], list[News]]:
         """Of the steps since the last account, where one is due; all ranks call it after every step."""
         if step % self.every and not last:
-            return []
+            return [], []
         spent = agree(CLOCK, self.mesh)
         news = [
             News("timeline", one.step, {f"{part}_s": [round(s, 6) for s in one.of(part)] for part in PARTS})
@@ -45,4 +45,4 @@ class Ledger:
             shown = " ".join(map(str, row_P))
             text = f"step {step}  batch shares by measured speed: {shown} of {self.shares.rows} rows of a micro-batch"
             news.append(News("shares", step, {"rows": row_P}, text))
-        return news
+        return spent, news

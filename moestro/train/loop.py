@@ -9,17 +9,19 @@ one must succeed.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moestro.core.errors import CheckpointError, StorageError, TrainingError
 from moestro.core.events import EventLog, read_events
 from moestro.core.units import bytes_text, count_text
+from moestro.nn.router import RoutingRecord
 from moestro.place.loads import LoadWriter
 from moestro.train import checkpoint
 from moestro.train.data import TokenData, open_data, prepare
@@ -125,7 +127,10 @@ class _Session:
         leads = self.engine.leads
         self.events = EventLog(folder.events if leads else Path(os.devnull))
         traced = leads and self.spec.moe and layers
-        self.loads = LoadWriter(folder.loads, layers, self.spec.moe.num_experts) if traced and self.spec.moe else None
+        merges = self.recipe.dist.dispatch == "hierarchical"
+        self.loads = (
+            LoadWriter(folder.loads, layers, self.spec.moe.num_experts, merges) if traced and self.spec.moe else None
+        )
         self.board: Board = open_board(folder.tensorboard, self.recipe.train.tensorboard and leads, trainer.step)
         self.bytes_per_token = data.train.text_bytes / len(data.train.token_N)
         self.skipped, self.begun_s = 0, time.monotonic()
@@ -222,8 +227,7 @@ class _Session:
             return
         self.skipped = 0
         if self.loads:
-            count_LE = np.stack([record.count_E.cpu().numpy() for record in result.records])
-            self.loads.append(step, count_LE.astype(np.int64))
+            self.loads.append(step, *loads_of(result.records))
         facts = self.facts(result)
         if _due(self.recipe.train.log_every, step):
             self.events.write("step", step, **facts)
@@ -327,6 +331,17 @@ class _Session:
         self.events.write("checkpoint", step, folder=target.name)
         if self.engine.leads:
             checkpoint.keep_newest(self.folder, self.recipe.train.keep_checkpoints)
+
+
+def loads_of(records: Sequence[RoutingRecord]) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    """count_LSE and perhaps pair_LX of a step; one process is one source."""
+
+    def stacked(tensors: Sequence[torch.Tensor]) -> NDArray[np.int64]:
+        return torch.stack(list(tensors)).round().long().cpu().numpy()
+
+    pairs = [record.pair_X for record in records if record.pair_X is not None]
+    sources = [record.count_E[None] if record.source_SE is None else record.source_SE for record in records]
+    return stacked(sources), stacked(pairs) if pairs else None
 
 
 def _due(every: int, step: int) -> bool:

@@ -27,9 +27,9 @@ PROBED_RANKS = 16
 """Most ranks that are probed: every ordered pair takes its turn."""
 PROBE_BYTES = 1 << 18
 PROBE_REPEATS = 2
-WATCH_BYTES = 1 << 16
+WATCH_BYTES = 1 << 15
 """From every rank to every other, to see whether links are what they were."""
-WATCH_REPEATS = 3
+WATCH_REPEATS = 2
 CHANGED = 2.0
 """Times slower or faster from which links are probed anew."""
 EQUAL_GB_PER_S = 2.0
@@ -95,12 +95,12 @@ class LinkWatch:
 
     def _round_s(self) -> float:
         """Of one exchange between all ranks: the slowest rank's time, the best of some rounds."""
-        world, part = self.mesh["world"], WATCH_BYTES // 4
-        out, best_s = torch.zeros(part * world.size, device=self.mesh.device), float("inf")
+        world, parts = self.mesh["world"], [WATCH_BYTES // 4] * self.mesh.layout.world
+        out, best_s = torch.zeros(sum(parts), device=self.mesh.device), float("inf")
         for _ in range(WATCH_REPEATS):
             world.sum(out[:1])  # all begin together
             begun_s = time.perf_counter()
-            world.swap_even(out.view(world.size, part))[0, 0].item()
+            world.begin_swap(out, parts, parts).wait()[0].item()
             spent = torch.tensor([time.perf_counter() - begun_s], dtype=torch.float64, device=self.mesh.device)
             best_s = min(best_s, float(world.gather_even(spent).max()))
         return best_s

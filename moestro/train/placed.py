@@ -27,6 +27,7 @@ from moestro.place.cost import Placement
 
 PREFIX = "balance."
 """Of what a checkpoint's state says about placements."""
+ARRAYS = ("device_LEP", "share_LAEP", "group_G")
 
 
 def by_rank(placement: Placement) -> Placement:
@@ -57,6 +58,30 @@ def checked(placement: Placement, experts: int, ranks: int, slots: int) -> Place
     if not (np.isfinite(share_AEP).all() and (share_AEP >= 0).all() and np.allclose(share_AEP.sum(axis=2), 1.0)):
         raise PlacementError("shares of a placement are not finite, below 0 or do not sum to 1; make it anew")
     return by_rank(placement)
+
+
+def as_arrays(placements: Sequence[Placement]) -> dict[str, np.ndarray]:
+    """Placements of all layers for a checkpoint, by the names in ARRAYS."""
+    most = max(one.device_EP.shape[1] for one in placements)
+
+    def padded(values: np.ndarray, fill: float) -> np.ndarray:
+        width = [(0, 0)] * (values.ndim - 1) + [(0, most - values.shape[-1])]
+        return np.pad(values, width, constant_values=fill)
+
+    return {
+        "device_LEP": np.stack([padded(one.device_EP, -1) for one in placements]),
+        "share_LAEP": np.stack([padded(one.share_AEP, 0.0) for one in placements]),
+        "group_G": placements[0].group_S,
+    }
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> list[Placement]:
+    """The inverse; every rank is a source."""
+    group_G = arrays["group_G"]
+    return [
+        Placement(device_EP=device_EP, share_AEP=share_AEP, group_S=group_G, devices=len(group_G))
+        for device_EP, share_AEP in zip(arrays["device_LEP"], arrays["share_LAEP"], strict=True)
+    ]
 
 
 class PlacedExperts:
@@ -124,18 +149,8 @@ class PlacedExperts:
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint says of the placements."""
-        most = max(one.device_EP.shape[1] for one in self.placements)
-
-        def padded(values: np.ndarray, fill: float) -> np.ndarray:
-            width = [(0, 0)] * (values.ndim - 1) + [(0, most - values.shape[-1])]
-            return np.pad(values, width, constant_values=fill)
-
-        arrays = {
-            "device_LEP": np.stack([padded(one.device_EP, -1) for one in self.placements]),
-            "share_LAEP": np.stack([padded(one.share_AEP, 0.0) for one in self.placements]),
-            "group_G": self.placements[0].group_S,
-            "expert_LRS": torch.stack([layer.table.expert_RS for layer in self.layers]).numpy(),
-        }
+        arrays = as_arrays(self.placements)
+        arrays["expert_LRS"] = torch.stack([layer.table.expert_RS for layer in self.layers]).numpy()
         return {PREFIX + name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     def go_back(self, state: Mapping[str, Tensor]) -> bool:
@@ -147,12 +162,8 @@ class PlacedExperts:
             return False
         if expert_LRS.shape[2] != self.slots:  # the same holders, in other slots
             expert_LRS = _packed(expert_LRS, self.slots)
-        group_G = state[PREFIX + "group_G"].numpy()
-        arrays = (state[PREFIX + name].numpy() for name in ("device_LEP", "share_LAEP"))
-        for number, (device_EP, share_AEP) in enumerate(zip(*arrays, strict=True)):
-            placement = Placement(device_EP=device_EP, share_AEP=share_AEP, group_S=group_G, devices=ranks)
-            self.placements[number] = placement
-            layer = self.layers[number]
+        self.placements = from_arrays({name: state[PREFIX + name].numpy() for name in ARRAYS})
+        for number, (layer, placement) in enumerate(zip(self.layers, self.placements, strict=True)):
             layer.table = table_of(expert_LRS[number], self._own_share(placement), self.mesh.device)
         self.replicas.follow(self.layers)
         return True

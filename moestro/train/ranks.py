@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moestro.core.errors import CheckpointError, ConfigError, Error, StorageError
 from moestro.core.tokens import Tokenizer
-from moestro.dist.layout import Layout, fit
+from moestro.dist.layout import Layout, fit, places
 from moestro.dist.mesh import Mesh, join, under_torchrun
 from moestro.dist.pipeline import Pipeline
 from moestro.dist.reduce import GradientSum, total_norm
@@ -30,7 +30,6 @@ from moestro.dist.watch import Watch
 from moestro.dist.zero import shard
 from moestro.nn.decoder import Decoder, Output
 from moestro.nn.router import RoutingRecord, merge
-from moestro.nn.routing_budget import BINS
 from moestro.train.balance import Balance, open_balance
 from moestro.train.checkpoint import verify
 from moestro.train.device import pick_device
@@ -49,6 +48,7 @@ from moestro.train.rank_state import (
     written_under,
 )
 from moestro.train.recipe import Recipe
+from moestro.train.record_sums import RecordSums, record_sums
 from moestro.train.saving import Saving
 from moestro.train.shards import Part, Shards
 from moestro.train.shares import Shares, check_shares
@@ -136,7 +136,7 @@ class Ranks:
         self.buffers: list[Tensor] = []
         self.steps = 0
         self.layers: list[int] = []
-        self.numbers = 0
+        self.record_sums: RecordSums | None = None
         self.saving: Saving | None = None
         self.done: Done = lambda: None
         self.watch = Watch(self.mesh.rank, layout.world, self.spec.timeout_s) if "MASTER_ADDR" in os.environ else None
@@ -157,11 +157,7 @@ class Ranks:
         spec, moe = model.spec, model.spec.moe
         self.layers = spec.moe_layers
         if moe:
-            steered = moe.router.rule in ("gap", "topp")
-            nothing, count_E = torch.zeros(()), torch.zeros(moe.num_experts)
-            bins = torch.zeros(BINS) if steered else None
-            self.blank = RoutingRecord(count_E, 0, nothing, nothing, nothing, torch.zeros(0), bins)
-            self.numbers = len(_numbers(self.blank))
+            self.record_sums = record_sums(model, self.split, places(self.mesh.layout))
         self.balance = open_balance(self.recipe, model, self.mesh, self.first)
         self.parts = cut(model, self.mesh, self.spec, self.balance.placed.cut if self.balance else None)
         self.exchanges = exchange_facts(model, self.mesh, self.balance.placed.placements if self.balance else None)
@@ -246,7 +242,10 @@ class Ranks:
     def news(self, last: bool) -> list[News]:
         """See `Engine`."""
         moved = self.balance.news(self.steps) if self.balance else []
-        return moved + self.ledger.news(self.steps, last)
+        spent, news = self.ledger.news(self.steps, last)
+        if self.balance:
+            self.balance.learn(spent)
+        return moved + news
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -282,23 +281,21 @@ class Ranks:
     def total(self, loss: Tensor, records: Sequence[RoutingRecord]) -> Learned:
         """One message: the loss, then every layer's counts, means and histogram; each rank adds what it has."""
         own = dict(zip(self.pipeline.own_layers if self.pipeline else self.layers, records, strict=True))
-        rows = torch.zeros(len(self.layers), self.numbers, dtype=torch.float64, device=self.mesh.device)
-        for row, layer in zip(rows, self.layers, strict=True):
-            if layer in own:
-                row.copy_(_numbers(own[layer]))
+        pairs, rows = self.recipe.train.counts_pairs(self.steps + 1), loss.new_zeros(0, dtype=torch.float64)
+        if self.record_sums:
+            rows = self.record_sums.rows(own, pairs, self.mesh.device)
         extra = rows.new_zeros(0)
         if self.exchanges:
             extra = self.mesh["tp"].sum(self.exchanges.numbers(own).to(extra))
-        if self.balance:
-            self.balance.watch(records)
         flat = torch.cat([loss.to(rows).view(1), rows.flatten(), extra])
         flat = self.mesh["pp"].sum(self.split.sum(flat))
         if self.exchanges:
             self.exchanges.read(flat[1 + rows.numel() :])
-        rows = flat[1 : 1 + rows.numel()].view_as(rows)
-        everything = [
-            _with_numbers(own.get(layer, self.blank), row) for layer, row in zip(self.layers, rows, strict=True)
-        ]
+        if not self.record_sums:
+            return flat[0], []
+        everything = self.record_sums.read(own, flat[1 : 1 + rows.numel()].view_as(rows), pairs)
+        if self.balance:
+            self.balance.watch(everything)
         return flat[0], everything
 
     def of_own_layers(self, records: Sequence[RoutingRecord]) -> Sequence[RoutingRecord]:
@@ -454,28 +451,6 @@ class Ranks:
             tensor.zero_()  # empty slots
         for _, box, part in pieces(name, tensor, self.parts[place]):
             part.copy_(shards.read(name, box))
-
-
-def _numbers(record: RoutingRecord) -> Tensor:
-    """What adds up of a record, in a row."""
-    scalars = torch.stack([record.loss.detach(), record.balance, record.entropy]).double()
-    tokens = scalars.new_tensor([record.tokens])
-    histogram = [] if record.decision_B is None else [record.decision_B.double()]
-    return torch.cat([scalars, tokens, record.count_E.double(), *histogram])
-
-
-def _with_numbers(record: RoutingRecord, flat: Tensor) -> RoutingRecord:
-    """A record with the sums of all ranks."""
-    experts = len(record.count_E)
-    return replace(
-        record,
-        loss=flat[0].float(),
-        balance=flat[1].float(),
-        entropy=flat[2].float(),
-        tokens=int(flat[3]),
-        count_E=flat[4 : 4 + experts].float(),
-        decision_B=None if record.decision_B is None else flat[4 + experts :].float(),
-    )
 
 
 def _like(parameter: nn.Parameter, shape: tuple[int, ...]) -> Tensor:

@@ -117,6 +117,8 @@ class TrainSpec:
     log_every: int = 1
     on_nan: Literal["skip", "stop"] = "skip"
     """What to do when a loss or gradient is not finite; the step is never applied."""
+    pairs_every: int = 20
+    """Steps between two whose record in loads.trace says which experts were chosen together; 0 for never."""
     tensorboard: bool = True
     """Also write TensorBoard files, where tensorboard is installed."""
 
@@ -132,13 +134,17 @@ class TrainSpec:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("evaluate_every", "checkpoint_every", "threads"):
+        for name in ("evaluate_every", "checkpoint_every", "pairs_every", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be 0 or more, 0 for never")
         if self.sequences % self.micro_batches:
             raise ConfigError(
                 f"train.micro_batches is {self.micro_batches}; it must divide train.sequences = {self.sequences}"
             )
+
+    def counts_pairs(self, step: int) -> bool:
+        """Whether the record of a step, counted from 1, says which experts were chosen together."""
+        return self.pairs_every > 0 and step % self.pairs_every == 0
 
     @property
     def tokens_per_step(self) -> int:

@@ -5,6 +5,9 @@
 Dimension key:  N steps   L sparse layers
 """
 
+from itertools import pairwise
+from statistics import median
+
 import numpy as np
 
 from moestro.core.axes import Axis
@@ -63,9 +66,26 @@ def _predicted(run: Run) -> list[Chart]:
     ]
     y = Axis(label="exchange and experts of all layers", unit="ms", low=0)
     charts = [line_chart("Predicted time of a step", series, x=run.x, y=y)]
+    if known := foretold(run.history):
+        at_N, expected_N, measured_N = zip(*known, strict=True)
+        series = [
+            Series(name="predicted", x=at_N, y=expected_N, colour="c1"),
+            Series(name="measured", x=at_N, y=measured_N, colour="c0"),
+        ]
+        note = "Predicted when a placement came into force, and the median of the steps under it."
+        charts.append(line_chart("Whole step", series, x=run.x, y=Axis(unit="ms", low=0), note=note))
     moved = [event["step"] for event in found if event["moved"]]
     rows = {"experts copied": ("c0", moved), "shares only": ("c5", [step for step in at if step not in set(moved)])}
     return [*charts, timeline("Decisions", {name: row for name, row in rows.items() if row[1]}, x=run.x)]
+
+
+def foretold(history: History) -> list[tuple[int, float, float]]:
+    """Step of a decision, milliseconds that it predicted for a whole step, and the measured ones until the next."""
+    return [
+        (decision["step"], decision["expected_ms"], later["measured_ms"])
+        for decision, later in pairwise(decisions(history))
+        if "expected_ms" in decision and "measured_ms" in later
+    ]
 
 
 def balance_words(run: Run) -> list[str]:
@@ -78,10 +98,13 @@ def balance_words(run: Run) -> list[str]:
     moving = [event for event in found if event["moved"]]
     copied, moved_bytes = sum(event["moved"] for event in found), sum(event["moved_bytes"] for event in found)
     spent_s = sum(event["seconds"] for event in found)
+    known = [measured / expected for _, expected, measured in foretold(history)]
+    whole = f"Whole steps took {median(known):.2f} times what was predicted, in the median." if known else ""
     return [
         f"{len(found)} decisions, {len(moving)} of them moved experts: {copied} copied, {bytes_text(moved_bytes)} with "
         f"their optimiser state. Deciding and starting moves took {duration_text(spent_s)}.",
         f"By the cost model the placements saved {duration_text(max(saved_s(run), 0.0))} over the first one so far.",
+        *([whole] if whole else []),
         *problems,
     ]
 

@@ -101,6 +101,8 @@ class Trainer:
         result.data_s = time.perf_counter() - begun_s
         watch = Stopwatch(self.device)
         self.model.train()
+        for router in self.model.routers:
+            router.counts_pairs = self.recipe.train.counts_pairs(self.step + 1)
         parts = token_BS.chunk(self.recipe.train.micro_batches)
         loss, records = self.engine.total(*self.engine.learn(self, parts, watch))
         self._update(result, loss, records)

@@ -267,7 +267,7 @@ def test_an_anchor_moves_its_group(plan: Run, tmp_path: Path) -> None:
 
 def test_a_runs_load_trace_slows_the_plan(plan: Run, tmp_path: Path) -> None:
     writer = LoadWriter(tmp_path / "loads.trace", 1, 8)
-    writer.append(1, np.array([[7, 1, 1, 1, 1, 1, 1, 1]]))
+    writer.append(1, np.array([[[7, 1, 1, 1, 1, 1, 1, 1]]]))
     writer.close()
     seconds = []
     for more in ((), ("--loads", str(tmp_path / "loads.trace"))):

@@ -5,7 +5,7 @@ import torch
 
 from moestro.nn import permute
 from moestro.nn.kernels import cpu
-from moestro.nn.permute import combine_rows, gather_rows, sort_by_expert
+from moestro.nn.permute import combine_rows, gather_rows, pairs_of, sort_by_expert
 
 EXPERT_TK = torch.tensor([[2, 0], [3, 2], [3, 3], [0, 3]])
 """Three experts, so 3 marks an unused slot; expert 1 gets nothing, token 2 has no expert."""
@@ -46,3 +46,8 @@ def test_no_rows_at_all() -> None:
 
 def test_the_module_has_no_other_way_around_the_kernels() -> None:
     assert permute.cpu is cpu  # the fixture's patch reaches it
+
+
+def test_pairs_are_counted_once_and_unused_slots_ignored() -> None:
+    expert_TK = torch.tensor([[0, 1, 3], [1, 0, 3], [2, 3, 3], [1, 2, 0]])
+    assert pairs_of(expert_TK, 3).tolist() == [3, 1, 1]  # (0, 1), (0, 2), (1, 2)

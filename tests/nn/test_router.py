@@ -33,6 +33,19 @@ def test_a_record_counts_what_was_chosen(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_record_counts_pairs_in_training_where_it_is_asked_to(rule: str) -> None:
+    made, x = router(rule), tokens(64)
+    assert made(x)[1].pair_X is None
+    made.counts_pairs = True
+    choice, record = made(x)
+    chosen = [set(row) - {8} for row in choice.expert_TK.tolist()]
+    pairs = [(one, other) for one in range(8) for other in range(one + 1, 8)]
+    assert record.pair_X is not None
+    assert record.pair_X.tolist() == [sum({*pair} <= experts for experts in chosen) for pair in pairs]
+    assert made.eval()(x)[1].pair_X is None
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_a_forward_pass_changes_no_state(rule: str) -> None:
     made = router(rule)
     before = {name: value.clone() for name, value in made.state_dict().items()}
@@ -163,8 +176,12 @@ def test_global_balance_sees_earlier_micro_batches() -> None:
 def test_records_of_parts_merge_to_the_record_of_the_whole() -> None:
     made, x = router(), tokens(96)
     made.budget.threshold.fill_(0.3)
+    made.counts_pairs = True
     whole, parts = made(x)[1], merge([made(part)[1] for part in x.split([32, 64])])
     assert torch.equal(whole.count_E, parts.count_E)
+    assert whole.pair_X is not None
+    assert parts.pair_X is not None
+    assert torch.equal(whole.pair_X, parts.pair_X)
     assert whole.decision_B is not None
     assert parts.decision_B is not None
     assert torch.equal(whole.decision_B, parts.decision_B)

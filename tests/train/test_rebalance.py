@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +29,17 @@ from moestro.place.cost import Layer, Placement, TokenSet, exchange_bytes
 from moestro.place.plan_file import save_placements
 from moestro.place.planner import Gated, compile_searches
 from moestro.train.data import open_data, prepare
+from moestro.train.history import read_history
 from moestro.train.loop import go_on, start
 from moestro.train.park import LinkWatch
 from moestro.train.placed import PlacedExperts, by_rank, with_moments
 from moestro.train.ranks import Ranks
 from moestro.train.recipe import Recipe
 from moestro.train.report import write_report
+from moestro.train.report_balance import foretold
 from moestro.train.run_folder import RunFolder
 from moestro.train.trainer import Trainer
+from moestro.train.whole_steps import WholeSteps
 
 MakeRecipe = Callable[..., Recipe]
 Holders = list[dict[int, float]]
@@ -253,13 +257,13 @@ def test_a_run_that_rebalances_gives_the_curve_of_one_that_does_not(make_recipe:
     run_on_ranks(run_all, live(make_recipe, tmp_path, "live"), ranks=2)
     run_on_ranks(run_all, live(make_recipe, tmp_path, "still", "balance.enabled=false"), ranks=2)
     assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "still"), rel=2e-6)
-    decisions = [event for event in events(tmp_path / "live", "balance") if "reason" in event]
-    assert len(decisions) == 3
-    assert sum(event["moved"] for event in decisions) > 0
+    decided = decisions(tmp_path / "live")
+    assert [event["step"] for event in decided] == [4, 6]  # begun two steps earlier
+    assert sum(event["moved"] for event in decided) > 0
     steps = events(tmp_path / "live", "step")
     assert all(len(step["rank_imbalance"]) == 2 and step["inside_bytes"] > 0 for step in steps)
     page = write_report(RunFolder(tmp_path / "live")).read_text()
-    assert "3 decisions, " in page
+    assert "2 decisions, " in page
     for title in ("Busiest rank over the mean", "Sent by dispatch", "Predicted time of a step", "Decisions"):
         assert title in page
 
@@ -281,6 +285,59 @@ def test_a_checkpoint_between_moves_goes_on_under_any_mesh(make_recipe: MakeReci
     recipe = live(make_recipe, tmp_path, "parts", *settings, cluster_file(tmp_path, int(ranks), gb_per_s=1e-4))
     run_on_ranks(run_on, recipe, ranks=int(ranks))
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    if then == "2 dist.ep=2":  # also what was being decided: begun in step 4, in force after step 6
+        assert decisions(tmp_path / "parts") == decisions(tmp_path / "whole")
+
+
+def decisions(root: Path) -> list[dict[str, Any]]:
+    """What does not depend on a clock."""
+    names = ("step", "reason", "moves", "now_ms", "planned_ms", "first_ms", "saved_s", "moved")
+    return [{name: event[name] for name in names} for event in events(root, "balance") if "reason" in event]
+
+
+def test_whole_steps_are_foretold_beside_what_they_took(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = live(make_recipe, tmp_path, "run", "train.steps=20", "train.checkpoint_every=0")
+    run_on_ranks(run_all, recipe, ranks=2)
+    decided = [event for event in events(recipe.out, "balance") if "reason" in event]
+    assert all("measured_ms" not in event for event in decided[:2])  # times are told every fifth step
+    later = decided[3:]
+    assert all(event["expected_ms"] > 0 and event["measured_ms"] > 0 for event in later)
+    known = foretold(read_history(RunFolder(recipe.out)))
+    assert [step for step, _, _ in known] == [event["step"] for event in later[:-1]]
+    page = write_report(RunFolder(recipe.out)).read_text()
+    assert "Whole step" in page
+    assert "times what was predicted" in page
+
+
+def train_on_while_the_leader_searches(recipe: Recipe) -> list[int]:
+    """The search of step 2 ends only when step 3 is done; returns the steps after which experts moved."""
+    trainer, step_3_is_done = trainer_for(recipe), threading.Event()
+    engine, consider = trainer.engine, Gated.consider
+    assert isinstance(engine, Ranks)
+    assert engine.balance is not None
+
+    def wait_and_consider(planner: Gated, layer: Layer, sample: int) -> Any:
+        assert step_3_is_done.wait(20)
+        return consider(planner, layer, sample)
+
+    Gated.consider = wait_and_consider  # type: ignore[method-assign]
+    moved = []
+    for step in range(1, 5):
+        before = [one.held_EG for one in engine.balance.placed.placements]
+        trainer.run_step()
+        if step == 3:
+            step_3_is_done.set()
+        after = [one.held_EG for one in engine.balance.placed.placements]
+        moved += [step] if any((a != b).any() for a, b in zip(before, after, strict=True)) else []
+    return moved
+
+
+def test_steps_go_on_while_the_leader_searches_and_its_plan_waits_for_its_step(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = live(make_recipe, tmp_path, "run", "balance.interval=2")
+    prepare(recipe.data, recipe.out)
+    assert run_on_ranks(train_on_while_the_leader_searches, recipe, ranks=2) == [[4], [4]]
 
 
 @pytest.mark.slow
@@ -324,12 +381,30 @@ def test_a_search_that_fails_is_said_once_and_training_goes_on(
         raise ZeroDivisionError("no gain to divide by")
 
     monkeypatch.setattr(Gated, "consider", fail)
-    monkeypatch.setattr("moestro.train.balance.compile_searches", lambda _: None)
+    monkeypatch.setattr("moestro.train.rebalance.compile_searches", lambda _: None)
     recipe = live(make_recipe, tmp_path, "run")
     run_on_ranks(run_all, recipe, ranks=2)
     problems = [event["problem"] for event in events(recipe.out, "balance") if "problem" in event]
     assert problems == ["no new placement: no gain to divide by; training goes on with the one it has"]
     assert len(losses(recipe.out)) == 8
+
+
+def test_links_are_not_looked_at_while_steps_take_as_long_as_expected(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(LinkWatch, "changed", lambda _: looks.append(1))
+    monkeypatch.setattr(WholeSteps, "as_expected", lambda *_: True)
+    recipe = make_recipe("dist.ep=2", "balance.enabled=true", "balance.interval=1", "train.steps=14")
+    prepare(recipe.data, recipe.out)
+    assert run_on_ranks(looks_of, recipe, looks, ranks=2) == [2, 2]  # at the first decision and at the eleventh
+
+
+def looks_of(recipe: Recipe, looks: list[int]) -> int:
+    trainer = trainer_for(recipe)
+    for _ in range(recipe.train.steps):
+        trainer.run_step()
+    return len(looks)
 
 
 @pytest.mark.slow
@@ -338,7 +413,7 @@ def test_links_that_become_slower_are_probed_again(
 ) -> None:
     seconds = iter([1.0, 1.5, 4.0, 4.1])  # at the start, then at each decision
     monkeypatch.setattr(LinkWatch, "_round_s", lambda _: next(seconds))
-    recipe = make_recipe("dist.ep=2", "balance.enabled=true", "balance.interval=2", "train.steps=8")
+    recipe = make_recipe("dist.ep=2", "balance.enabled=true", "balance.interval=2", "train.steps=10")
     run_on_ranks(run_all, recipe, ranks=2)
     begun, *decided = events(recipe.out, "balance")
     assert "slots" in begun
@@ -376,7 +451,7 @@ def test_a_rank_killed_in_the_middle_of_a_move_costs_nothing_but_the_way_back(
     recipe = live(make_recipe, tmp_path, "parts", *often)
     with pytest.raises(RankFailed):
         run_on_ranks(die_while_experts_move, recipe, ranks=2)
-    assert max(event["step"] for event in read_events(RunFolder(recipe.out).events)) in (2, 3)
+    assert max(event["step"] for event in read_events(RunFolder(recipe.out).events)) in (3, 4)
     run_on_ranks(run_on, recipe, ranks=2)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 

@@ -190,7 +190,7 @@ def made_up(make_recipe: MakeRecipe, layers: int, experts: int, steps: int) -> R
     writer = LoadWriter(folder.loads, layers, experts)
     with EventLog(folder.events) as log:
         for step in range(1, steps + 1):
-            writer.append(step, np.tile(np.arange(experts), (layers, 1)))
+            writer.append(step, np.tile(np.arange(experts), (layers, 1, 1)))
             per_layer = {name: [1.0 + step] * layers for name in ("experts", "entropy", "threshold")}
             log.write("step", step, bits_per_byte=2.0, lr=0.1, grad_norm=1.0, tokens_per_s=9.0, **per_layer)
     writer.close()
