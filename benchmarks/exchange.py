@@ -50,16 +50,24 @@ from moestro.train.trainer import Trainer
 
 Row = dict[str, Any]
 Floats = NDArray[np.float64]
+START_S = 0.02
+"""In which all ranks hear when to begin."""
 
 
 def slowest_s(work: Callable[[], object]) -> float:
-    """Seconds of the slowest rank."""
+    """Seconds from a moment at which all ranks begin until the last has ended; one machine, so one clock."""
     dist.barrier()
-    began_s = time.perf_counter()
+    began_s = latest(time.perf_counter() + START_S)
+    time.sleep(max(began_s - time.perf_counter(), 0.0))
     work()
-    seconds = torch.tensor([time.perf_counter() - began_s], dtype=torch.float64)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return float(seconds)
+    return latest(time.perf_counter()) - began_s
+
+
+def latest(moment_s: float) -> float:
+    """Of all ranks' moments."""
+    moments = torch.tensor([moment_s], dtype=torch.float64)
+    dist.all_reduce(moments, op=dist.ReduceOp.MAX)
+    return float(moments)
 
 
 def median_s(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:

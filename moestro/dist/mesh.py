@@ -179,12 +179,12 @@ def begin_pairs(rows_R: Sequence[Tensor], out_R: Sequence[Tensor], axis: Axis, b
         return [(part, axis.ranks[rank]) for part in rows_X.split(len(rows_X) if whole else part_rows(rows_X, size))]
 
     def announce(wanted: Iterable[tuple[Tensor, int] | None]) -> list[dist.Work | None]:
-        return [dist.irecv(*part, axis.group, tag) for part in wanted if part]
+        return [dist.irecv(part[0], part[1], axis.group, tag) for part in wanted if part]
 
     coming = list(zip_longest(*(parts(out_R[rank], rank) for rank in reversed(others) if len(out_R[rank]))))
     going = zip_longest(*(parts(rows_R[rank], rank) for rank in others if len(rows_R[rank])))
     announced = [announce(wanted) for wanted in coming[:2]]
-    sent = [dist.isend(*part, axis.group, tag) for part in chain(*going) if part]
+    sent = [dist.isend(part[0], part[1], axis.group, tag) for part in chain(*going) if part]
     out_R[own].copy_(rows_R[own])
 
     def rest() -> Iterator[dist.Work | None]:
@@ -227,7 +227,8 @@ class Mesh:
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks), timeout=self.timeout), count_tags()
             if self.rank in ranks:
-                own = Axis(name, ranks, ranks.index(self.rank), *made.get(ranks, ()), near=self.near)
+                group, tags = made[ranks] if len(ranks) > 1 else (None, count_tags())
+                own = Axis(name, ranks, ranks.index(self.rank), group, tags, self.near)
         assert own is not None
         return own
 
@@ -245,6 +246,13 @@ def on_this_machine() -> range:
         return range(dist.get_world_size())
     first = dist.get_rank() - int(os.environ["LOCAL_RANK"])
     return range(first, first + int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def swap_between_all(rows_NX: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    """See `Axis.begin_swap`, for all ranks of the job, before they are a mesh."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    everybody = Axis("world", tuple(range(ranks)), rank, dist.group.WORLD, near=on_this_machine())
+    return everybody.begin_swap(rows_NX, send, receive).wait()
 
 
 def under_torchrun() -> bool:
