@@ -7,6 +7,7 @@ All collectives of training go through an `Axis`, where they are counted (for `w
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ ROUND_BYTES, ROUNDS = 2**18, 32
 """Of a long exchange with other machines a rank asks for so much at a time, in so many parts at most."""
 LEAST_BYTES = 2**14
 """Smaller parts only cost time."""
+AHEAD_S = 0.1
+"""A rank has asked for what comes in this time, and for two rounds at least: no queue on the way has to hold more."""
 
 
 def count_tags() -> Iterator[int]:
@@ -167,12 +170,13 @@ def begin_pairs(rows_R: Sequence[Tensor], out_R: Sequence[Tensor], axis: Axis, b
     word that it can receive, and the other waits until they are through: one direction at a time, half the bandwidth.
 
     Nothing leaves before it is announced. What comes from other machines is announced in rounds, a part from each rank,
-    two rounds ahead of what has come: many connections with all their rows under way fill the queue of a slow link until
+    as many ahead as come in AHEAD_S: many connections with all their rows under way fill the queue of a slow link until
     it drops, and then TCP waits for longer than the exchange would take. Later rounds are announced while we wait; with
     `beside` all are at once.
     """
     size, own, tag = axis.size, axis.index, next(axis.tags)
     others = [(own + distance) % size for distance in range(1, size)]
+    others.sort(key=lambda rank: axis.ranks[rank] in axis.near)  # what is far begins first
 
     def parts(rows_X: Tensor, rank: int) -> list[tuple[Tensor, int]]:
         whole = beside or axis.ranks[rank] in axis.near
@@ -181,17 +185,20 @@ def begin_pairs(rows_R: Sequence[Tensor], out_R: Sequence[Tensor], axis: Axis, b
     def announce(wanted: Iterable[tuple[Tensor, int] | None]) -> list[dist.Work | None]:
         return [dist.irecv(part[0], part[1], axis.group, tag) for part in wanted if part]
 
-    coming = list(zip_longest(*(parts(out_R[rank], rank) for rank in reversed(others) if len(out_R[rank]))))
+    coming = list(zip_longest(*(parts(out_R[rank], rank) for rank in others if len(out_R[rank]))))
     going = zip_longest(*(parts(rows_R[rank], rank) for rank in others if len(rows_R[rank])))
     announced = [announce(wanted) for wanted in coming[:2]]
     sent = [dist.isend(part[0], part[1], axis.group, tag) for part in chain(*going) if part]
     out_R[own].copy_(rows_R[own])
 
     def rest() -> Iterator[dist.Work | None]:
-        for wanted in coming[2:]:
-            yield from announced.pop(0)
-            announced.append(announce(wanted))
-        yield from chain(*announced, sent)
+        came, began_s = 0, time.perf_counter()
+        while came < len(coming):
+            yield from announced[came]
+            came += 1
+            ahead = max(2, int(AHEAD_S * came / (time.perf_counter() - began_s)))
+            announced.extend(announce(wanted) for wanted in coming[len(announced) : came + ahead])
+        yield from sent
 
     return (work for work in rest() if work is not None)
 
