@@ -39,12 +39,20 @@ AHEAD_S = 0.1
 """A rank has asked for what comes in this time, and for two rounds at least: no queue on the way has to hold more."""
 
 
-def count_tags() -> Iterator[int]:
-    """Numbers that keep the messages of a group's exchanges apart."""
-    return cycle(range(1, 2**15))
+class Flow:
+    """What the exchanges of a group remember: how fast rows came from other machines, and a number for the next one."""
+
+    def __init__(self) -> None:
+        self.bytes_per_s = 0.0
+        self.tags = cycle(range(1, 2**15))
+        """They keep messages of exchanges apart; counted alike on all ranks."""
+
+    def saw(self, came_bytes: float, seconds: float) -> None:
+        """Learn from an exchange; a slower one may only have waited for others, so the figure falls slowly."""
+        self.bytes_per_s = max(came_bytes / max(seconds, 1e-6), 0.9 * self.bytes_per_s)
 
 
-Group = tuple[dist.ProcessGroup | None, Iterator[int]]
+Group = tuple[dist.ProcessGroup | None, Flow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +65,8 @@ class Axis:
     """Our place in `ranks`."""
     group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
     """None where we are alone; equal sets of ranks share a group."""
-    tags: Iterator[int] = field(default_factory=count_tags, compare=False, repr=False)
-    """One for each exchange of the group, counted alike on all its ranks."""
+    flow: Flow = field(default_factory=Flow, compare=False, repr=False)
+    """Shared by equal sets of ranks, as the group is."""
     near: range = field(default=range(2**31), compare=False)
     """Ranks of the job that are on this machine."""
 
@@ -171,10 +179,11 @@ def begin_pairs(rows_R: Sequence[Tensor], out_R: Sequence[Tensor], axis: Axis, b
 
     Nothing leaves before it is announced. What comes from other machines is announced in rounds, a part from each rank,
     as many ahead as come in AHEAD_S: many connections with all their rows under way fill the queue of a slow link until
-    it drops, and then TCP waits for longer than the exchange would take. Later rounds are announced while we wait; with
-    `beside` all are at once.
+    it drops, and then TCP waits for longer than the exchange would take. How fast rows come is known from the exchanges
+    before. Later rounds are announced while we wait; with `beside` all are at once.
     """
-    size, own, tag = axis.size, axis.index, next(axis.tags)
+    size, own, flow = axis.size, axis.index, axis.flow
+    tag = next(flow.tags)
     others = [(own + distance) % size for distance in range(1, size)]
     others.sort(key=lambda rank: axis.ranks[rank] in axis.near)  # what is far begins first
 
@@ -187,17 +196,19 @@ def begin_pairs(rows_R: Sequence[Tensor], out_R: Sequence[Tensor], axis: Axis, b
 
     coming = list(zip_longest(*(parts(out_R[rank], rank) for rank in others if len(out_R[rank]))))
     going = zip_longest(*(parts(rows_R[rank], rank) for rank in others if len(rows_R[rank])))
-    announced = [announce(wanted) for wanted in coming[:2]]
+    far_bytes = sum(out_R[rank].nbytes for rank in others if axis.ranks[rank] not in axis.near)
+    rounds_per_s, began_s = flow.bytes_per_s * len(coming) / max(far_bytes, 1), time.perf_counter()
+    announced = [announce(wanted) for wanted in coming[: max(2, int(AHEAD_S * rounds_per_s))]]
     sent = [dist.isend(part[0], part[1], axis.group, tag) for part in chain(*going) if part]
     out_R[own].copy_(rows_R[own])
 
     def rest() -> Iterator[dist.Work | None]:
-        came, began_s = 0, time.perf_counter()
-        while came < len(coming):
-            yield from announced[came]
-            came += 1
-            ahead = max(2, int(AHEAD_S * came / (time.perf_counter() - began_s)))
+        for came in range(1, len(coming) + 1):
+            yield from announced[came - 1]
+            ahead = max(2, int(AHEAD_S * max(rounds_per_s, came / (time.perf_counter() - began_s))))
             announced.extend(announce(wanted) for wanted in coming[len(announced) : came + ahead])
+        if len(coming) > 1:
+            flow.saw(far_bytes, time.perf_counter() - began_s)
         yield from sent
 
     return (work for work in rest() if work is not None)
@@ -224,7 +235,7 @@ class Mesh:
         self.timeout = timedelta(seconds=timeout_s) if timeout_s else None
         self.rank = dist.get_rank()
         self.near = on_this_machine()
-        made: dict[tuple[int, ...], Group] = {tuple(range(layout.world)): (dist.group.WORLD, count_tags())}
+        made: dict[tuple[int, ...], Group] = {tuple(range(layout.world)): (dist.group.WORLD, Flow())}
         self._axes = {axis: self._axis(axis, made) for axis in AXES}
 
     def _axis(self, name: str, made: dict[tuple[int, ...], Group]) -> Axis:
@@ -232,10 +243,10 @@ class Mesh:
         own: Axis | None = None
         for ranks in map(tuple, self.layout.groups(name)):
             if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), timeout=self.timeout), count_tags()
+                made[ranks] = dist.new_group(list(ranks), timeout=self.timeout), Flow()
             if self.rank in ranks:
-                group, tags = made[ranks] if len(ranks) > 1 else (None, count_tags())
-                own = Axis(name, ranks, ranks.index(self.rank), group, tags, self.near)
+                group, flow = made[ranks] if len(ranks) > 1 else (None, Flow())
+                own = Axis(name, ranks, ranks.index(self.rank), group, flow, self.near)
         assert own is not None
         return own
 

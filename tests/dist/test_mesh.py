@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moestro.dist.layout import Layout
-from moestro.dist.mesh import LEAST_BYTES, ROUND_BYTES, ROUNDS, Axis, Mesh, on_this_machine, part_rows
+from moestro.dist.mesh import LEAST_BYTES, ROUND_BYTES, ROUNDS, Axis, Flow, Mesh, on_this_machine, part_rows
 from moestro.dist.testing import run_on_ranks
 
 ROWS_RR = [[3, 900, 0], [1, 0, 0], [700, 260, 5]]
@@ -72,3 +72,22 @@ def check_machine() -> range:
 
 def test_ranks_of_a_machine_are_the_ones_its_launcher_has_started() -> None:
     assert run_on_ranks(check_machine, ranks=4) == [range(2), range(2), range(2, 4), range(2, 4)]
+
+
+def test_a_flow_follows_faster_exchanges_at_once_and_slower_ones_slowly() -> None:
+    flow = Flow()
+    flow.saw(1e6, 1.0)
+    assert flow.bytes_per_s == 1e6
+    flow.saw(4e6, 1.0)
+    flow.saw(1e6, 1.0)
+    assert flow.bytes_per_s == pytest.approx(3.6e6)
+
+
+def check_ahead(bytes_per_s: float) -> int:
+    axis = axis_of(3, 1)
+    axis.flow.bytes_per_s = bytes_per_s
+    return exchanged(axis, False)[2]
+
+
+def test_links_known_to_be_fast_are_asked_for_all_at_once() -> None:
+    assert run_on_ranks(check_ahead, 1e9, ranks=3) == [9, 13, 0]
