@@ -50,22 +50,35 @@ from moestro.train.trainer import Trainer
 
 Row = dict[str, Any]
 Floats = NDArray[np.float64]
+START_S = 0.02
+"""In which all ranks hear when to begin."""
 
 
 def slowest_s(work: Callable[[], object]) -> float:
-    """Seconds of the slowest rank."""
+    """Seconds from a moment at which all ranks begin until the last has ended; one machine, so one clock."""
     dist.barrier()
-    began_s = time.perf_counter()
+    began_s = latest(time.perf_counter() + START_S)
+    time.sleep(max(began_s - time.perf_counter(), 0.0))
     work()
-    seconds = torch.tensor([time.perf_counter() - began_s], dtype=torch.float64)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return float(seconds)
+    return latest(time.perf_counter()) - began_s
+
+
+def latest(moment_s: float) -> float:
+    """Of all ranks' moments."""
+    moments = torch.tensor([moment_s], dtype=torch.float64)
+    dist.all_reduce(moments, op=dist.ReduceOp.MAX)
+    return float(moments)
+
+
+def turns_s(works: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Of each, all taken in turn, after one turn to warm up."""
+    found = [[slowest_s(work) for work in works] for _ in range(repeats + 1)]
+    return [list(seconds) for seconds in zip(*found[1:], strict=True)]
 
 
 def median_s(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Of each, all taken in turn, after one turn to warm up."""
-    found = [[slowest_s(work) for work in works] for _ in range(repeats + 1)]
-    return [float(np.median(seconds)) for seconds in zip(*found[1:], strict=True)]
+    """Of each, all taken in turn."""
+    return [float(np.median(seconds)) for seconds in turns_s(works, repeats)]
 
 
 class Nothing(torch.nn.Module):
@@ -199,7 +212,7 @@ def levels(args: argparse.Namespace) -> list[Row]:
     for per_node, slots in ((2, 2), (2, 4), (2, 8), (4, 2), (4, 4), (4, 8)):
         tokens = 512 // per_node
         given = (per_node, slots, experts, tokens, width, args.repeats + 1)
-        seconds, link_bytes = {}, {}
+        seconds, link_bytes, spread = {}, {}, {}
         with Lab([Host(per_node, 1000, up_mbit)] * nodes) as lab:
             predicted = predicted_s(lab, slots, experts, tokens, width)
             for kind in ("flat", "hierarchical"):
@@ -207,6 +220,7 @@ def levels(args: argparse.Namespace) -> list[Row]:
                 turns = lab.call(levels_on_rank, *given, kind, timeout_s=240)[0]
                 moved = sum(now.out_bytes - then.out_bytes for now, then in zip(lab.uplinks(), before, strict=True))
                 seconds[kind], link_bytes[kind] = float(np.median(turns[1:])), moved / len(turns)
+                spread |= {f"{kind}_least_s": min(turns[1:]), f"{kind}_most_s": max(turns[1:])}
         row_bytes, ranks = 4 * width, per_node * nodes
         flat_rows, rail_rows = expected_rows(slots, experts, nodes)
         formula = {
@@ -221,6 +235,7 @@ def levels(args: argparse.Namespace) -> list[Row]:
                 **{f"{kind}_mb": link_bytes[kind] / 1e6 for kind in link_bytes},
                 **{f"{kind}_bytes_over_formula": link_bytes[kind] / formula[kind] for kind in link_bytes},
                 **{f"{kind}_s": seconds[kind] for kind in seconds},
+                **spread,
                 **{f"{kind}_over_predicted": seconds[kind] / predicted[kind] for kind in seconds},
                 "times_faster": ratio,
                 "predicted": wanted,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from exchange import median_s, show
+from exchange import show, turns_s
 from lab import Host, Lab, skip_without_lab
 from place import eplb_placement, near_placement
 from streams import TOKENS, drawn, zipf
@@ -69,8 +69,8 @@ def placements(layer: Layer) -> dict[str, Placement]:
     return found | {"ours": solve(layer, effort=5).placement}
 
 
-def exchanges_on_rank(rows_CRR: NDArray[np.int64], repeats: int) -> list[list[float]]:
-    """Median seconds of every case: the dispatcher's exchange, and gloo's."""
+def exchanges_on_rank(rows_CRR: NDArray[np.int64], repeats: int) -> list[list[list[float]]]:
+    """Seconds of every case, turn by turn: the dispatcher's exchange, and gloo's."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     axis = Mesh(Layout(dp_shard=ranks, ep=ranks), torch.device("cpu"))["ep"]
     found = []
@@ -84,7 +84,7 @@ def exchanges_on_rank(rows_CRR: NDArray[np.int64], repeats: int) -> list[list[fl
         def raw(send=send, receive=receive, x_ND=x_ND, y_ND=y_ND) -> None:  # type: ignore[no-untyped-def]
             dist.all_to_all_single(y_ND, x_ND, receive, send)
 
-        found.append(median_s([ours, raw], repeats))
+        found.append(turns_s([ours, raw], repeats))
     return found
 
 
@@ -94,8 +94,9 @@ def compare(lab: Lab, rows_CRR: NDArray[np.int64], names: list[str], model_s: li
         measured = lab.call(exchanges_on_rank, rows_CRR, repeats, timeout_s=500)[0]
     rows = []
     for name, seconds, (ours, raw) in zip(names, model_s, measured, strict=True):
-        rows.append({"case": name, "model_s": seconds, "measured_s": ours, "off": ours / seconds - 1})
-        rows[-1]["all_to_all_single_s"] = raw
+        median = float(np.median(ours))
+        rows.append({"case": name, "model_s": seconds, "measured_s": median, "off": median / seconds - 1})
+        rows[-1] |= {"least_s": min(ours), "most_s": max(ours), "all_to_all_single_s": float(np.median(raw))}
         show(rows[-1])
     return rows
 

@@ -94,13 +94,14 @@ def probe_network(
     from moestro.cluster.probe import in_group, measure, probe
     from moestro.cluster.topology import DeviceSpec
     from moestro.core.config import save_toml
+    from moestro.dist.mesh import swap_between_all
 
     cpu = DeviceSpec(name="CPU", memory_gib=1.0, memory_gb_per_s=10.0, peak_tflops={"fp32": 0.1})
 
     def work() -> None:
         first = os.environ["RANK"] == "0"
         say = (lambda text: print(text, file=sys.stderr)) if first else (lambda text: None)
-        measured = measure(int(payload_mb * 1e6), repeats, say)
+        measured = measure(int(payload_mb * 1e6), repeats, swap_between_all, say)
         found = probe(measured, device_of(device) if device else cpu, out.stem)
         if not first:
             return

@@ -51,8 +51,11 @@ class Probed:
     """Measured over predicted time of an all-to-all; some 1.1 over TCP. The cluster keeps it where it is above 1."""
 
 
-def measure(payload_bytes: int, repeats: int, say: Callable[[str], None]) -> Measured:
-    """Pairwise and collective times in the current process group; every rank returns the same figures."""
+def measure(payload_bytes: int, repeats: int, swap: Callable[..., Any], say: Callable[[str], None]) -> Measured:
+    """Pairwise and collective times in the current process group; every rank returns the same figures.
+
+    swap   exchanges numbers between all ranks as training does: swap(numbers, how many to each, how many from each)
+    """
     import torch
     from torch import distributed as dist
 
@@ -79,8 +82,8 @@ def measure(payload_bytes: int, repeats: int, say: Callable[[str], None]) -> Mea
         return _crowd_rates(partner_R, large, repeats)
 
     part = max(payload_bytes // 4 // ranks, 1)
-    out, into = torch.zeros(ranks, part), torch.zeros(ranks, part)
-    exchange_s = _slowest_s(lambda: _exchange(out, into), repeats)
+    out, parts = torch.zeros(ranks * part), [part] * ranks
+    exchange_s = _slowest_s(lambda: swap(out, parts, parts), repeats)
     return Measured(
         rate_RR=rate_RR, latency_RR=latency_RR, crowd=crowd, exchange_s=exchange_s, exchange_bytes=4.0 * part
     )
@@ -119,19 +122,6 @@ def _slowest_s(work: Callable[[], object], repeats: int) -> float:
         if turn:
             found.append(float(seconds))
     return float(np.median(found))
-
-
-def _exchange(out: Any, into: Any) -> None:
-    """Everybody to everybody as the trainer's dispatch does it: receives announced before anything is sent."""
-    from torch import distributed as dist
-
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    others = [(rank + distance) % ranks for distance in range(1, ranks)]
-    works = [dist.irecv(into[other], other) for other in reversed(others)]
-    works += [dist.isend(out[other], other) for other in others]
-    for work in works:
-        assert work is not None
-        work.wait()
 
 
 def _crowd_rates(partner_R: list[int], large: Any, repeats: int) -> Floats:

@@ -198,14 +198,15 @@ def in_turns(
 
     def leave(chunk: int) -> list[Arriving]:
         leg = legs[chunk]
-        return [begin(tensor, leg.send, leg.receive, axis) for tensor in rows(chunk)]
+        return [begin(tensor, leg.send, leg.receive, axis, beside) for tensor in rows(chunk)]
 
+    beside = len(legs) > 1
     under_way, returning = [leave(0)], []
     for chunk, leg in enumerate(legs):
         if chunk + 1 < len(legs):
             under_way.append(leave(chunk + 1))
         out_MD = compute(chunk, [finish(arriving) for arriving in under_way[chunk]])
-        returning.append(begin(out_MD, leg.receive, leg.send, axis))
+        returning.append(begin(out_MD, leg.receive, leg.send, axis, beside))
     return [combine_rows(finish(arriving), leg.order) for arriving, leg in zip(returning, legs, strict=True)]
 
 
@@ -240,12 +241,14 @@ class Crossing:
     axis: Axis
     send: list[int]
     receive: list[int]
+    beside: bool
+    """See `Axis.begin_swap`."""
     pending: Pending | None = None
 
     def start(self, rows_NX: Tensor, back: bool = False) -> Tensor:
         """Send rows, or gradients `back`; the numbers of the result are undefined until `wait` has returned it."""
         send, receive = (self.receive, self.send) if back else (self.send, self.receive)
-        self.pending = self.axis.begin_swap(rows_NX, send, receive)
+        self.pending = self.axis.begin_swap(rows_NX, send, receive, self.beside)
         return self.pending.result
 
     def wait(self) -> Tensor:
@@ -259,9 +262,9 @@ Arriving = tuple[Tensor, Crossing]
 """Rows that autograd knows already, and what to wait for before they are read."""
 
 
-def begin(rows_NX: Tensor, send: list[int], receive: list[int], axis: Axis) -> Arriving:
+def begin(rows_NX: Tensor, send: list[int], receive: list[int], axis: Axis, beside: bool) -> Arriving:
     """Send the first send[0] rows to rank 0, the next send[1] to rank 1, ...; `finish` returns what comes."""
-    crossing = Crossing(axis, send, receive)
+    crossing = Crossing(axis, send, receive, beside)
     return _Begin.apply(rows_NX, crossing), crossing
 
 

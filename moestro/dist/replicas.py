@@ -166,5 +166,5 @@ def start_move(
     changed = (before.expert_RS[own] != after.expert_RS[own]).nonzero().flatten().tolist()
     for tensor in tensors:
         tensor[changed] = 0.0
-    pending = axis.begin_swap(sent_N, send, receive) if copies else None
+    pending = axis.begin_swap(sent_N, send, receive, beside=True) if copies else None
     return Moving(pending, 4.0 * sent_N.numel(), [tensor[place] for place in into for tensor in tensors])

@@ -18,7 +18,7 @@ from moestro.cluster.links import Links, links_of
 from moestro.cluster.probe import measure, probe
 from moestro.cluster.topology import Cluster, DeviceSpec, LevelSpec, read_cluster
 from moestro.core.errors import ClusterError
-from moestro.dist.mesh import Mesh
+from moestro.dist.mesh import Mesh, swap_between_all
 from moestro.nn.moe import MoE
 from moestro.nn.permute import sort_by_expert
 from moestro.train.balance_spec import BalanceSpec
@@ -72,7 +72,7 @@ def network_of(spec: BalanceSpec, mesh: Mesh, first: Callable[[Callable[[], Link
 
 def probed(mesh: Mesh) -> Links:
     """Links of the first expert group as they are now; called by all ranks together, may raise ClusterError on all."""
-    measured = measure(PROBE_BYTES, PROBE_REPEATS, lambda text: None)
+    measured = measure(PROBE_BYTES, PROBE_REPEATS, swap_between_all, lambda text: None)
     links = links_of(probe(measured, ANY, "ranks").cluster, mesh.layout.world)
     return of_group(links, mesh.layout.groups("ep"))
 
