@@ -27,7 +27,7 @@ class BalanceSpec:
     """placement.toml to begin with (moestro place -o); where `enabled` is false it stays. Empty: experts in order."""
     budget: float = 0.15
     """Largest share of all slots that one plan may fill anew; every 25th decision and the first are free of it."""
-    effort: float = 0.5
+    effort: float = 1.0
     """Of each search; 1 is some 30 ms a layer."""
 
     def __post_init__(self) -> None:

@@ -174,7 +174,11 @@ class Rebalancer:
             return False, None if known else Said(decision.problem, {"problem": decision.problem})
         self.problem = ""
         self.placed.adopt(decision.placements, decision.copies, optimizer)
-        self.whole_steps.begin(step, decision.facts.get("expected_ms", 0.0) / 1e3)
+        expected_s = decision.facts.get("expected_ms", 0.0) / 1e3
+        if any(decision.facts["moves"]):
+            self.whole_steps.begin(step, expected_s)
+        elif expected_s:
+            self.whole_steps.expected_s = expected_s
         seconds = round(self.begin_s + time.perf_counter() - begun_s, 4)
         facts = {**decision.facts, "seconds": seconds, **self.looked}
         return True, Said(told(facts) if facts["moved"] or self.looked else "", facts)

@@ -296,14 +296,13 @@ def decisions(root: Path) -> list[dict[str, Any]]:
 
 
 def test_whole_steps_are_foretold_beside_what_they_took(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = live(make_recipe, tmp_path, "run", "train.steps=20", "train.checkpoint_every=0")
+    recipe = live(make_recipe, tmp_path, "run", "train.steps=40", "train.checkpoint_every=0", "balance.interval=10")
     run_on_ranks(run_all, recipe, ranks=2)
     decided = [event for event in events(recipe.out, "balance") if "reason" in event]
-    assert all("measured_ms" not in event for event in decided[:2])  # times are told every fifth step
-    later = decided[3:]
-    assert all(event["expected_ms"] > 0 and event["measured_ms"] > 0 for event in later)
+    assert [event["step"] for event in decided] == [12, 22, 32]
+    assert all(event["expected_ms"] > 0 and event["measured_ms"] > 0 for event in decided)
     known = foretold(read_history(RunFolder(recipe.out)))
-    assert [step for step, _, _ in known] == [event["step"] for event in later[:-1]]
+    assert [step for step, _, _ in known] == [12, 22]
     page = write_report(RunFolder(recipe.out)).read_text()
     assert "Whole step" in page
     assert "times what was predicted" in page
