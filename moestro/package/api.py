@@ -3,6 +3,7 @@
     pack(model, out) -> Packed                   unpack(package, out)           verify(package) -> Findings
     open_package(package) -> Package             package.weights().array("w")   one tensor, verified
     diff([base], target, out) -> Report          apply([base], update, out)
+    merge([base], [update, ...], out, options)   the weighted mean of several updates of one base
     encrypt(package, out, [key.pub])             decrypt(package, out, keys)
     rewrap(package, out, keys, [other.pub])      to_model_signing(package, out, key)
     sign_package(package, key)                   Trust.load([key.pub])          Keys([load_receiving(key)])
@@ -16,6 +17,7 @@ from moestro.package.folder import Findings, Package
 from moestro.package.intoto import to_model_signing
 from moestro.package.keys import load_receiving, load_recipient, load_signing, new_key, save_pair
 from moestro.package.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update
+from moestro.package.merge import merge
 from moestro.package.oci import from_oci, to_oci
 from moestro.package.pack import Options, Packed, pack, sign_package, unpack, verify
 from moestro.package.reseal import decrypt, encrypt, rewrap
@@ -51,6 +53,7 @@ __all__ = [
     "load_receiving",
     "load_recipient",
     "load_signing",
+    "merge",
     "new_key",
     "open_package",
     "pack",
