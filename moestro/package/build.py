@@ -26,6 +26,7 @@ from moestro.package.layout import SUFFIX
 from moestro.package.limits import CHUNK_BYTES, MAX_JSON_INT
 from moestro.package.manifest import CHUNKS, MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update, sorted_files
 from moestro.package.paths import check_model_id, list_below
+from moestro.package.resume import folder_resumed
 from moestro.package.sink import file_leaves
 from moestro.package.writer import ModelSource, SealedSource, TensorSource, WrittenFile, write_model_file
 
@@ -82,6 +83,7 @@ def build(
     seal: Callable[[str], Sealer] | None = None,
     envelope: Callable[[bytes], bytes | None] | None = None,
     extra: Mapping[str, bytes] | None = None,
+    resume: bool = False,
 ) -> Manifest:
     """Write a package folder.
 
@@ -90,13 +92,15 @@ def build(
     seal     makes the encryption of a model by its id
     envelope gives manifest.sig for the bytes of manifest.json, or None
     extra    further files by path
+    resume   go on with what a killed process left of the model files, as far as digests hold; one process at a time
     """
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists already; packages are never overwritten: choose another name")
-    with folder_aside(out) as aside:
-        builder = _Builder(aside, release)
+    keep = [path for content in contents for path in _model_paths(content)] if seal is None else []
+    with folder_resumed(out, keep) if resume else folder_aside(out) as aside:
+        builder = _Builder(aside, release, resume)
         for folder in ("Model", "Program", "Meta-info"):  # R-8.2.1-1
-            (aside / folder).mkdir()
+            (aside / folder).mkdir(exist_ok=resume)
         models = [builder.add_model(content, seal) for content in contents]
         if program is not None:
             builder.add_program(program)
@@ -108,18 +112,19 @@ def build(
 class _Builder:
     """A package folder that grows."""
 
-    def __init__(self, root: Path, release: Release) -> None:
-        self.root, self.release = root, release
+    def __init__(self, root: Path, release: Release, resume: bool) -> None:
+        self.root, self.release, self.resume = root, release, resume
         self.files: list[FileEntry] = []
 
     def add_model(self, content: Content, seal: Callable[[str], Sealer] | None) -> ModelEntry:
         shards = content.shards
         model_id = shards[0].model_id
-        folder = self.root / "Model" / model_id
-        folder.mkdir()
-        names = [_file_name(index, len(shards)) for index in range(1, len(shards) + 1)]
-        written = [write_model_file(folder / name, [shard], seal) for name, shard in zip(names, shards, strict=True)]
-        paths = [f"Model/{model_id}/{name}" for name in names]
+        (self.root / "Model" / model_id).mkdir(exist_ok=self.resume)
+        paths = _model_paths(content)
+        written = [
+            write_model_file(self.root / path, [shard], seal, resume=self.resume)
+            for path, shard in zip(paths, shards, strict=True)
+        ]
         for path, file in zip(paths, written, strict=True):
             self._add_large(path, file)
         technical = content.technical | {"files": [{"path": p, "shard": i} for i, p in enumerate(paths, 1)]}
@@ -195,8 +200,11 @@ def _bytes_root(hash_name: str, content: bytes) -> str:
     return tree_root(hash_name, b"".join(leaves)).hex()
 
 
-def _file_name(index: int, count: int) -> str:
-    return f"model{SUFFIX}" if count == 1 else f"model-{index:05d}-of-{count:05d}{SUFFIX}"
+def _model_paths(content: Content) -> list[str]:
+    """The files of a model, one for each shard."""
+    count = len(content.shards)
+    names = [f"-{index:05d}-of-{count:05d}" if count > 1 else "" for index in range(1, count + 1)]
+    return [f"Model/{content.shards[0].model_id}/model{name}{SUFFIX}" for name in names]
 
 
 def shards_of(model: ModelSource, limit_bytes: int) -> list[ModelSource]:

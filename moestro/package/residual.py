@@ -326,9 +326,11 @@ def apply(
 ) -> Manifest:
     """Write the full package that an update leads to; base and update stay as they are.
 
+    After a kill the next call with the same `out` goes on at the first tensor whose digest does not verify.
+
     base   the full package, and further updates in order, if the last one is not based on the first
     trust  whose signatures on the update count
-    to     encrypt the result for these
+    to     encrypt the result for these; such a result is begun anew after a kill
     raises BaseMismatch where the base is another one, IntegrityError where any tensor differs from its promise
     """
     with open_stack([*base, update], trust, keys) as package:
@@ -344,7 +346,7 @@ def apply(
 
         seal = partial(Sealer, list(to)) if to else None
         release, has_program = release_of(package.manifest), program if any(program.iterdir()) else None
-        return build(out, contents, release, has_program, seal, envelope)
+        return build(out, contents, release, has_program, seal, envelope, resume=True)
 
 
 def _fits(envelope: bytes, manifest: bytes) -> bool:
@@ -361,7 +363,7 @@ def _result(package: Package, model: ModelEntry, progress: Progress) -> Content:
     weights = package.weights(model.model_id)
     segments = [SegmentSource(name, data) for name, data in package.segments(model.model_id).items()]
     tensors = [
-        TensorSource(name, entry.dtype, entry.shape, Watched(weights.span(name), progress))
+        TensorSource(name, entry.dtype, entry.shape, Watched(weights.span(name), progress), promised=entry.digest)
         for name in _ordered(weights)
         for entry in [weights.entries[name]]
     ]

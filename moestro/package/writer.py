@@ -15,6 +15,7 @@ from typing import Protocol
 from moestro.core.errors import ConfigError, IntegrityError
 from moestro.core.files import cannot_write
 from moestro.package import canonical
+from moestro.package.bulk import write_all
 from moestro.package.codecs.compressor import compress
 from moestro.package.descriptor import Base, Descriptor, SegmentEntry, Shard, TensorEntry, tensor_digest, weights_root
 from moestro.package.dtypes import DataType, num_bytes
@@ -23,6 +24,7 @@ from moestro.package.hashing import Buffer, digest, leaf_hashes, root_of, tree_r
 from moestro.package.layout import FILE_HEADER, FileHeader, ModelHeader, data_start, model_start, round_up
 from moestro.package.limits import ALIGNMENT, CHUNK_BYTES, MAX_FILE_BYTES, PIECE_BYTES
 from moestro.package.placement import place
+from moestro.package.resume import Former, reopen
 from moestro.package.sink import Sink, file_leaves
 from moestro.package.spans import Span, pieces
 
@@ -51,6 +53,8 @@ class TensorSource:
     cp: Mapping[str, int | str] = field(default_factory=dict)
     digest: str = ""
     """Where it is known; else it is computed from `span`."""
+    promised: str = ""
+    """The digest of bytes that a former try may have written already; what is written is hashed all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,23 +144,29 @@ def write_model_file(
     models: Sequence[ModelSource | SealedSource],
     seal: Callable[[str], Sealer] | None = None,
     align_log2: int | None = None,
+    resume: bool = False,
 ) -> WrittenFile:
     """Write one file whole; the caller removes what a failure leaves.
 
     seal         makes the encryption of a model by its id; None leaves models in clear
     align_log2   model data begins at multiples of 2^align_log2; None: 1 MiB for large models and updates, else 4 KiB
+    resume       a file that is there is gone on with, up to its first tensor that is not what was promised
     """
     if align_log2 is None:
         total = sum(model.num_bytes for model in models)
         large = LARGE_UPDATE_BYTES if models[0].base is not None else LARGE_BYTES
         align_log2 = LARGE_ALIGN if total >= large else 12
     secret = seal is not None or any(isinstance(model, SealedSource) for model in models)
+    mode, former = 0o600 if secret else 0o644, 0
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600 if secret else 0o644)
+        if resume and not secret:
+            handle, former = reopen(path, mode)
+        else:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except OSError as error:
         raise cannot_write(path, error) from error
     try:
-        return _FileWriter(handle, path, align_log2, models[0].hash).write(models, seal)
+        return _FileWriter(handle, path, align_log2, models[0].hash, former).write(models, seal)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -166,8 +176,10 @@ def write_model_file(
 class _FileWriter:
     """One open file."""
 
-    def __init__(self, handle: int, path: Path, align_log2: int, hash_name: str) -> None:
+    def __init__(self, handle: int, path: Path, align_log2: int, hash_name: str, former: int = 0) -> None:
+        """`former` bytes of a former try are in the file."""
         self.handle, self.path, self.align_log2, self.hash = handle, path, align_log2, hash_name
+        self.former = former
         self.end = FILE_HEADER.size
         self.heads: list[tuple[int, int, Descriptor, int]] = []
         """(header offset, data offset, descriptor, data bytes) of each model."""
@@ -237,10 +249,29 @@ class _FileWriter:
     def _write_plain(
         self, model: ModelSource, draft: Descriptor, payloads: list[bytes], start: int
     ) -> tuple[Descriptor, bytes, int]:
+        if self.former:
+            os.lseek(self.handle, self.end, os.SEEK_SET)
+            write_all(self.handle, bytes(start - self.end), self.path)
+            model = replace(model, tensors=self._resumed(model, draft, start))
         os.lseek(self.handle, start, os.SEEK_SET)
         sink = Sink(self.handle, self.path, model.hash, CHUNK_BYTES, direct=self.align_log2 >= LARGE_ALIGN)
         final = _write_data(sink, model, draft, payloads)
         return final, sink.finish(), sink.length
+
+    def _resumed(self, model: ModelSource, draft: Descriptor, start: int) -> list[TensorSource]:
+        """The tensors in the order of the file; the first ones come from the file itself, as far as digests hold."""
+        source_of = {tensor.name: tensor for tensor in model.tensors}
+        tensors = [source_of[entry.name] for entry in draft.tensors]
+        for index, (entry, source) in enumerate(zip(draft.tensors, tensors, strict=True)):
+            at = start + entry.offset
+            if source.encode is not None or not source.promised or at + entry.length > self.former:
+                break
+            there = Former(self.handle, at, entry.length)
+            root = span_root(there, model.hash)
+            if tensor_digest(model.hash, entry.name, entry.dtype, entry.shape, root) != source.promised:
+                break
+            tensors[index] = replace(source, span=there)
+        return tensors
 
     def _write_sealed(
         self, model: ModelSource, draft: Descriptor, payloads: list[bytes], start: int, seal: Sealer

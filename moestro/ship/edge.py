@@ -127,8 +127,10 @@ class Edge:
         state = self.state
         self._link(state)
         kept = {version.folder for version in (state.active, state.previous) if version}
+        new = state.installing
+        patched = f"{new.sequence}-{new.package_root[:16]}{ASIDE}" if new else STAGE  # `apply` goes on with it
         for path in (self.root / VERSIONS).iterdir():
-            half_written = path.name.endswith(ASIDE) and not path.name.endswith(STAGE)
+            half_written = path.name.endswith(ASIDE) and not path.name.endswith((STAGE, patched))
             if path.name not in kept and (state.installing is None or half_written):
                 shutil.rmtree(path, ignore_errors=True)
 

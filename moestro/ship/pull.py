@@ -158,6 +158,8 @@ def receive(
     complete   called once every chunk is here, before the package is put together
     """
     progress = progress or Silent()
+    aside = out.with_name(out.name + ASIDE)
+    shutil.rmtree(aside, ignore_errors=True)
     stage = Stage(stage_of(out), found.manifest)
     stage.learn(connection)
     progress.begin(f"{found.manifest.package_id} {found.manifest.sequence}", found.manifest.size)
@@ -166,8 +168,6 @@ def receive(
     if stopped():
         raise StoppedError("stopped; what was fetched stays and is used next time")
     complete()
-    aside = out.with_name(out.name + ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
     try:
         stage.place(aside)
         write_bytes(aside / MANIFEST, found.data)

@@ -18,7 +18,7 @@ from ship.conftest import Make, Running, Serve
 from moestro.core.errors import ConfigError, FormatError, RefusalError, RollbackError, SignatureError
 from moestro.package.api import Options, Release, Trust, new_key, pack, save_pair, sign_package
 from moestro.package.residual import diff
-from moestro.ship.edge import Edge
+from moestro.ship.edge import PLANNED, Edge
 from moestro.ship.install import CURRENT, HELD_BACK, INSTALLED, How, Outcome, roll_back, update, watch
 from moestro.ship.pull import Guard
 from moestro.ship.push import push
@@ -260,6 +260,19 @@ def power_losses(serve: Serve, tmp_path: Path, by_update: bool, every: int) -> N
         at += every
     assert 0 in seen
     assert at > 20
+
+
+def test_r_8_2_6_6_a_device_keeps_what_apply_had_written_until_the_release_is_another(tmp_path: Path) -> None:
+    edge = Edge(tmp_path, "demo")
+    with edge.locked():
+        edge.note(2, "ab" * 32, PLANNED)
+    for name in (f"2-{'ab' * 8}.partial", f"1-{'cd' * 8}.partial"):
+        (edge.root / "versions" / name).mkdir()
+    with edge.locked():
+        assert os.listdir(edge.root / "versions") == [f"2-{'ab' * 8}.partial"]
+        edge.note(3, "ef" * 32, PLANNED)
+    with edge.locked():
+        assert not os.listdir(edge.root / "versions")
 
 
 def test_two_installers_do_not_meet(tmp_path: Path) -> None:

@@ -1,0 +1,193 @@
+"""`package.resume`: an apply that was killed goes on where it was, and ends in the same bytes whatever it finds there
+(8.2.6)."""
+
+import fcntl
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from package.samples import Tensors, contents, save_model
+
+from moestro.core.errors import ConfigError, IntegrityError
+from moestro.package import sink
+from moestro.package.api import Options, Release, apply, diff, load_recipient, new_key, pack, save_pair, verify
+from moestro.package.resume import folder_resumed
+
+COUNT = 5
+TENSOR_BYTES = 1 << 20
+ALL_BYTES = COUNT * TENSOR_BYTES
+LEFT = 3
+"""Tensors that are whole in `leftover`."""
+
+
+def weights(seed: int) -> Tensors:
+    """Tensors of one chunk each; the first is the same for every seed."""
+    rng = np.random.default_rng(0)
+    found = {f"w{i}": rng.normal(0, 0.02, TENSOR_BYTES // 4).astype(np.float32) for i in range(COUNT)}
+    for name in list(found)[1:]:
+        found[name] += np.random.default_rng(seed).normal(0, 1e-5, TENSOR_BYTES // 4).astype(np.float32)
+    return found
+
+
+def packed(folder: Path, seed: int) -> Path:
+    save_model(folder.with_name(folder.name + "-model"), weights(seed))
+    pack(folder.with_name(folder.name + "-model"), folder, Options(release=Release(package_id="demo")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base `a`, targets `b` and `c`, updates `u` and `v` to them."""
+    root = tmp_path_factory.mktemp("packages")
+    for seed, name in enumerate("abc"):
+        packed(root / name, seed)
+    diff([root / "a"], root / "b", root / "u")
+    diff([root / "a"], root / "c", root / "v")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk goes to the file at once."""
+    monkeypatch.setattr(sink, "STAGED_BYTES", 0)
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(7)
+    return os.waitpid(child, 0)[1]
+
+
+def killed(made: Path, update: str, out: Path, at_bytes: int) -> None:
+    """An apply that SIGKILL ends when so many bytes are to be decoded."""
+    done = 0
+
+    def kill(count: int) -> None:
+        nonlocal done
+        done += count
+        if done >= at_bytes:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    status = in_a_child(lambda: apply([made / "a"], made / update, out, progress=kill))
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert not out.exists()
+
+
+def decoded_bytes(made: Path, update: str, out: Path) -> int:
+    """Of an apply that ends well."""
+    counts: list[int] = []
+    apply([made / "a"], made / update, out, progress=counts.append)
+    assert not list(out.parent.glob("*.partial"))
+    return sum(counts)
+
+
+@pytest.mark.parametrize("finished", [0, 1, 3])
+def test_r_8_2_6_6_a_restart_goes_on_at_the_first_tensor_that_is_not_there(
+    made: Path, tmp_path: Path, finished: int
+) -> None:
+    killed(made, "u", tmp_path / "out", (finished + 2) * TENSOR_BYTES)  # of the last one, a part was on its way
+    assert decoded_bytes(made, "u", tmp_path / "out") == ALL_BYTES - finished * TENSOR_BYTES
+    assert contents(tmp_path / "out") == contents(made / "b")
+
+
+def test_r_8_2_6_6_killed_again_and_again_it_ends(made: Path, tmp_path: Path) -> None:
+    for _ in range(LEFT):
+        killed(made, "u", tmp_path / "out", 3 * TENSOR_BYTES)  # one more tensor each time
+    assert decoded_bytes(made, "u", tmp_path / "out") == ALL_BYTES - LEFT * TENSOR_BYTES
+    assert contents(tmp_path / "out") == contents(made / "b")
+
+
+def leftover(made: Path, out: Path) -> Path:
+    """The model file that a kill at the last tensor left."""
+    killed(made, "u", out, COUNT * TENSOR_BYTES)
+    return next(out.with_name(out.name + ".partial").glob("Model/demo/*"))
+
+
+@pytest.mark.parametrize("flipped", [0, 1, 2])
+def test_r_8_2_6_6_damage_is_done_again_from_there(made: Path, tmp_path: Path, flipped: int) -> None:
+    file = leftover(made, tmp_path / "out")
+    data = bytearray(file.read_bytes())
+    data[data.index(weights(1)[f"w{flipped}"].tobytes()) + 1000] ^= 1
+    file.write_bytes(data)
+    assert decoded_bytes(made, "u", tmp_path / "out") == ALL_BYTES - flipped * TENSOR_BYTES
+    assert contents(tmp_path / "out") == contents(made / "b")
+
+
+def test_r_8_2_6_6_what_lies_between_and_around_tensors_is_written_anew(made: Path, tmp_path: Path) -> None:
+    file = leftover(made, tmp_path / "out")
+    data = bytearray(file.read_bytes())
+    before = data.index(weights(1)["w0"].tobytes())
+    data[:before] = b"x" * before
+    file.write_bytes(data + b"x" * 3 * TENSOR_BYTES)
+    (file.parent / "strange").write_text("x")
+    (file.parents[2] / "Program").joinpath("strange").symlink_to(tmp_path)
+    assert decoded_bytes(made, "u", tmp_path / "out") == ALL_BYTES - LEFT * TENSOR_BYTES
+    assert contents(tmp_path / "out") == contents(made / "b")
+    verify(tmp_path / "out")
+
+
+def test_r_8_2_6_6_the_leftover_of_another_update_ends_in_no_byte_of_it(made: Path, tmp_path: Path) -> None:
+    leftover(made, tmp_path / "out")
+    assert decoded_bytes(made, "v", tmp_path / "out") == ALL_BYTES - TENSOR_BYTES  # w0 is the same in both
+    assert contents(tmp_path / "out") == contents(made / "c")
+
+
+def test_a_link_in_place_of_the_leftover_is_not_followed(made: Path, tmp_path: Path) -> None:
+    file = leftover(made, tmp_path / "out")
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    assert decoded_bytes(made, "u", tmp_path / "out") == ALL_BYTES
+    assert (tmp_path / "elsewhere").read_bytes() == before
+    assert contents(tmp_path / "out") == contents(made / "b")
+
+
+def test_a_result_that_is_encrypted_begins_anew(made: Path, tmp_path: Path) -> None:
+    leftover(made, tmp_path / "out")
+    to = [load_recipient(save_pair(new_key("x25519"), tmp_path / "key"))]
+    counts: list[int] = []
+    apply([made / "a"], made / "u", tmp_path / "out", to=to, progress=counts.append)
+    assert sum(counts) == ALL_BYTES
+    verify(tmp_path / "out")
+
+
+def test_an_error_leaves_nothing_behind(made: Path, tmp_path: Path) -> None:
+    def fail(count: int) -> None:
+        raise IntegrityError("tensor w1", "made up")
+
+    with pytest.raises(IntegrityError, match="made up"):
+        apply([made / "a"], made / "u", tmp_path / "out", progress=fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_r_8_2_6_6_two_at_once_do_not_mix(made: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def second(count: int) -> None:
+        with pytest.raises(ConfigError, match="another process is writing"):
+            apply([made / "a"], made / "v", tmp_path / "out")
+        refused.append(count)
+
+    apply([made / "a"], made / "u", tmp_path / "out", progress=second)
+    assert refused
+    assert contents(tmp_path / "out") == contents(made / "b")
+
+
+def test_without_locks_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(95, "not supported")
+
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "file").write_text("old")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with folder_resumed(tmp_path / "out", ["file"]) as aside:
+        assert not list(aside.iterdir())
+    assert (tmp_path / "out").is_dir()
