@@ -73,14 +73,7 @@ def place(
             print(f"\rlayer {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     reports = place_trace(
-        loads,
-        links,
-        costs,
-        held_LEG=held,
-        effort=effort,
-        prove_s=prove,
-        merge_copies=merge_copies,
-        say=say,
+        loads, links, costs, held_LEG=held, effort=effort, prove_s=prove, merge_copies=merge_copies, say=say
     )
     if out is not None:
         save_placements(out, [one.after for one in reports])

@@ -62,8 +62,10 @@ def takes_grouped(x_NI: Tensor, *widths: int) -> bool:
     return x_NI.dtype != torch.float64 and x_NI.dtype.is_floating_point and all(w * size % 16 == 0 for w in widths)
 
 
-def keeping_inputs(apply: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """apply(*inputs), done again in the backward pass; nothing in it is drawn at random."""
+def applied(apply: Callable[..., Tensor], recompute: bool, *inputs: Any) -> Tensor:
+    """apply(*inputs); where asked for, done again in the backward pass (nothing in it is drawn at random)."""
+    if not (recompute and torch.is_grad_enabled()):
+        return apply(*inputs)
     y_TD: Tensor = checkpoint(apply, *inputs, use_reentrant=False, preserve_rng_state=False)
     return y_TD
 
@@ -94,9 +96,7 @@ class Experts(nn.Module):
             assert order.tiles is not None
             weights, keep = (self.gate_up_EDF, self.down_EFD), "input" if self.recompute else "product"
             return triton_experts(x_TD, weight_TK, order.tiles, *weights, keep, eight=path == "fp8")
-        if self.recompute and torch.is_grad_enabled():
-            return keeping_inputs(self.apply_tokens, x_TD, weight_TK, order, path)
-        return self.apply_tokens(x_TD, weight_TK, order, path)
+        return applied(self.apply_tokens, self.recompute, x_TD, weight_TK, order, path)
 
     def apply_tokens(self, x_TD: Tensor, weight_TK: Tensor, order: Order, path: Path) -> Tensor:
         """`forward` by torch or on the CPU."""
@@ -136,9 +136,7 @@ class LowRankExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, order: Order, path: Path = "loop") -> Tensor:
         """As `Experts.forward`."""
-        if self.recompute and torch.is_grad_enabled():
-            return keeping_inputs(self.apply_tokens, x_TD, weight_TK, order, path)
-        return self.apply_tokens(x_TD, weight_TK, order, path)
+        return applied(self.apply_tokens, self.recompute, x_TD, weight_TK, order, path)
 
     def apply_tokens(self, x_TD: Tensor, weight_TK: Tensor, order: Order, path: Path) -> Tensor:
         """As `Experts.apply_tokens`."""

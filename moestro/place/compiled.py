@@ -37,12 +37,13 @@ def compiled(function: Callable[P, R], inline: bool = False) -> Callable[P, R]:
     """Decorate a kernel."""
     if numba is None:
         return function
+    jit = functools.partial(numba.njit, nogil=True, error_model="numpy", forceinline=inline)
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = _cache_folder()
     try:
-        made: Callable[P, R] = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=inline)(function)
+        made: Callable[P, R] = jit(cache=True)(function)
     except RuntimeError:  # neither the user's cache nor the package's folder can be written
-        made = numba.njit(nogil=True, error_model="numpy", forceinline=inline)(function)
+        made = jit()(function)
     finally:
         numba.config.CACHE_DIR = before
     return made

@@ -26,7 +26,7 @@ class BalanceSpec:
     placement: str = ""
     """placement.toml to begin with (moestro place -o); where `enabled` is false it stays. Empty: experts in order."""
     budget: float = 0.15
-    """Largest share of all slots that one plan may fill anew; every 25th decision and the first are free of it."""
+    """Largest share of all slots that one plan may fill anew."""
     effort: float = 1.0
     """Of each search; 1 is some 30 ms a layer."""
 
