@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 SHORT := train.steps=40 train.precision=fp32 data.tokenizer=bytes train.evaluate_every=0
 
 .PHONY: demo demo-distributed test test-all check bench bench-gpu bench-package bench-plan bench-routing gpu-code h200-curves env \
@@ -25,7 +26,7 @@ demo-distributed: env
 	$(BIN)/python scripts/same_curve.py $(OUT)/ranks $(OUT)/one
 
 test: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: env
 	$(BIN)/python -m pytest

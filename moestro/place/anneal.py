@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moestro.place.compiled import compiled
+from moestro.place.compiled import compiled, inlined
 from moestro.place.state import MOST_REPLICAS, Fixed, Floats, Ints, State, drop, hold, norm, potential, put
 
 
@@ -71,18 +71,31 @@ def scale_of(state: State, doublings: int) -> tuple[float, float, int]:
     return 1.0 / max(norm(state.link_L, doublings), 1e-30), 1.0 / max(norm(state.device_G, doublings), 1e-30), doublings
 
 
+@inlined
+def _copy(from_N: Floats, to_N: Floats, count: int) -> None:
+    """The first `count`; assigning slices would compile numba's error messages too, for seconds."""
+    for place in range(count):
+        to_N[place] = from_N[place]
+
+
+@inlined
+def _copy_loads(one: State | Undo, other: State | Undo) -> None:
+    _copy(one.load_N, other.load_N, len(one.load_N))
+    _copy(one.sync_L, other.sync_L, len(one.sync_L))
+    _copy(one.move_L, other.move_L, len(one.move_L))
+
+
 @compiled
 def _remember(state: State, undo: Undo, first: int, second: int, dedup: bool) -> None:
-    undo.load_N[:] = state.load_N
-    undo.sync_L[:] = state.sync_L
-    undo.move_L[:] = state.move_L
+    _copy_loads(state, undo)
     for number, expert in enumerate((first, second)):
         count = state.count_E[expert]
         undo.count_2[number] = count
-        undo.replica_2P[number, :count] = state.replica_EP[expert, :count]
-        undo.share_2AP[number, :, :count] = state.share_EAP[expert, :, :count]
-        if dedup:
-            undo.host_share_2HH[number] = state.host_share_EHH[expert]
+        _copy(state.replica_EP[expert], undo.replica_2P[number], count)
+        for source in range(state.share_EAP.shape[1]):
+            _copy(state.share_EAP[expert, source], undo.share_2AP[number, source], count)
+        for host in range(state.host_share_EHH.shape[1] if dedup else 0):
+            _copy(state.host_share_EHH[expert, host], undo.host_share_2HH[number, host], state.host_share_EHH.shape[2])
 
 
 @compiled
@@ -98,13 +111,12 @@ def _restore(
             hold(fixed, state, expert, left, 1)
     for number, expert in enumerate((first, second)):
         count = undo.count_2[number]
-        state.replica_EP[expert, :count] = undo.replica_2P[number, :count]
-        state.share_EAP[expert, :, :count] = undo.share_2AP[number, :, :count]
-        if fixed.dedup:
-            state.host_share_EHH[expert] = undo.host_share_2HH[number]
-    state.load_N[:] = undo.load_N
-    state.sync_L[:] = undo.sync_L
-    state.move_L[:] = undo.move_L
+        _copy(undo.replica_2P[number], state.replica_EP[expert], count)
+        for source in range(state.share_EAP.shape[1]):
+            _copy(undo.share_2AP[number, source], state.share_EAP[expert, source], count)
+        for host in range(state.host_share_EHH.shape[1] if fixed.dedup else 0):
+            _copy(undo.host_share_2HH[number, host], state.host_share_EHH[expert, host], state.host_share_EHH.shape[2])
+    _copy_loads(undo, state)
 
 
 @compiled
@@ -146,13 +158,16 @@ def _propose(
     return mine, here, there, theirs, there, here
 
 
-@compiled
 def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int) -> float:
     """Improve `state` in place; returns its potential in seconds."""
     seed_2 = np.array([seed * 7919 + 1, seed * 104729 + 1]) % 2147483399
+    return float(_anneal(fixed, state, undo, schedule, fixed.token_AE.sum(axis=0), seed_2))
+
+
+@compiled
+def _anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, load_E: Floats, seed_2: Ints) -> float:
     for _ in range(8):
         drawn(seed_2, 2)
-    load_E = fixed.token_AE.sum(0)
     current = potential(fixed, state, schedule.doublings)
     scale = scale_of(state, schedule.doublings)
     for move in range(schedule.moves):
@@ -183,10 +198,13 @@ def anneal(fixed: Fixed, state: State, undo: Undo, schedule: Schedule, seed: int
     return current
 
 
-@compiled
 def sweep(fixed: Fixed, state: State, times: int, portions: int, doublings: int) -> None:
     """Split every expert anew against all others, the hottest first."""
-    order_E = np.argsort(-fixed.token_AE.sum(0), kind="mergesort")
+    _sweep(fixed, state, np.argsort(-fixed.token_AE.sum(axis=0), kind="stable"), times, portions, doublings)
+
+
+@compiled
+def _sweep(fixed: Fixed, state: State, order_E: Ints, times: int, portions: int, doublings: int) -> None:
     for _ in range(times):
         for expert in order_E:
             scale = scale_of(state, doublings)

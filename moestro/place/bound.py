@@ -10,20 +10,23 @@ linear programme's (Geoffrion 1974). Prices follow the loads by multiplicative w
 taken together as one source, and links that only part of a group uses are left out, which only lowers the bound.
 
 Dimension key:  A sources   E experts   G devices   L links   S sets of devices   T token types   H hosts
+                R places of a route
 """
 
 import time
 from dataclasses import dataclass
+from math import exp
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moestro.place.boxes import boxed_bound
-from moestro.place.compiled import compiled
+from moestro.place.compiled import compiled, inlined
 from moestro.place.cost import Layer
 from moestro.place.prepare import fixed_arrays
 from moestro.place.programme import EXACT, FOUND, build, solve_programme
-from moestro.place.state import Fixed, Floats, State
+from moestro.place.state import Fixed, Floats, Ints, State
 
 FEW = 8
 """Most devices whose subsets are enumerated."""
@@ -56,7 +59,9 @@ def dual_bound(layer: Layer, state: State | None = None, rounds: int = 250) -> f
         price_G = (state.device_G / max(state.device_G.max(), 1e-30)) ** 15 + 1e-2
     best = 0.0
     for pace in (0.3, 1.0):
-        best = max(best, _ascend(fixed, _shared_copies(fixed), price_L.copy(), price_G.copy(), rounds, pace))
+        price = PerResource(price_L.copy(), price_G.copy(), np.ones(links), np.ones(links), np.zeros(devices))
+        room = PerResource(*(np.zeros_like(price_N) for price_N in price))
+        best = max(best, _ascend(fixed, _shared_copies(fixed), price, room, rounds, pace))
     return max(quick_s, best + layer.latency_s)
 
 
@@ -75,85 +80,133 @@ def _shared_copies(fixed: Fixed) -> Floats:
     return part_EH
 
 
+class PerResource(NamedTuple):
+    """A price, or a load, of every resource."""
+
+    link_L: Floats
+    device_G: Floats
+    sync_L: Floats
+    move_L: Floats
+    slot_G: Floats
+
+
 @compiled
-def _ascend(fixed: Fixed, part_EH: Floats, price_L: Floats, price_G: Floats, rounds: int, pace: float) -> float:
-    """Follow the loads that cheapest answers to the prices make; returns the best dual value."""
-    experts, devices = fixed.nearest_EG.shape
-    links = len(price_L)
-    sync_price_L, move_price_L, slot_price_G = np.ones(links), np.ones(links), np.zeros(devices)
-    load_L, load_G = np.zeros(links), np.zeros(devices)
-    sync_L, move_L, used_G = np.zeros(links), np.zeros(links), np.zeros(devices)
-    best = 0.0
+def _ascend(fixed: Fixed, part_EH: Floats, price: PerResource, load: PerResource, rounds: int, pace: float) -> float:
+    """Follow the loads that cheapest answers to the prices make; returns the best dual value.
+
+    Prices of each kind but slots sum to 1: that makes their loads' sum a bound of the busiest. `load` is room to work.
+    """
+    best, slots = 0.0, max(fixed.slot_G.sum(), 1)
+    kinds = (
+        (price.link_L, load.link_L),
+        (price.device_G, load.device_G),
+        (price.sync_L, load.sync_L),
+        (price.move_L, load.move_L),
+    )
     for turn in range(rounds):
-        price_L /= price_L.sum()
-        price_G /= price_G.sum()
-        sync_price_L /= sync_price_L.sum()
-        move_price_L /= move_price_L.sum()
-        for load_N in (load_L, load_G, sync_L, move_L, used_G):
-            load_N[:] = 0.0
-        value = -(slot_price_G * fixed.slot_G).sum()
-        for expert in range(experts):
-            hold_G = slot_price_G + _hold_cost(fixed, expert, sync_price_L, move_price_L)
-            cost_AG = _serve_cost(fixed, part_EH, expert, price_L, price_G)
-            chosen, cost = _best_set(fixed.token_AE[:, expert], cost_AG, hold_G)
-            value += cost
-            _answer(fixed, part_EH, expert, chosen, cost_AG, load_L, load_G, sync_L, move_L, used_G)
+        for price_N, load_N in kinds:
+            _begin(price_N, load_N)
+        value = 0.0
+        for device in range(len(fixed.slot_G)):
+            value -= price.slot_G[device] * fixed.slot_G[device]
+            load.slot_G[device] = 0.0
+        value += _answers(fixed, part_EH, price, load)
         best = max(best, value)
         step = pace / (1.0 + 0.03 * turn)
-        _raise_prices(price_L, load_L, step)
-        _raise_prices(price_G, load_G, step)
-        _raise_prices(sync_price_L, sync_L, step)
-        _raise_prices(move_price_L, move_L, step)
-        unit = value / max(fixed.slot_G.sum(), 1)
-        slot_price_G = np.maximum(slot_price_G + 0.15 * step * unit * (used_G - fixed.slot_G), 0.0)
+        for price_N, load_N in kinds:
+            _raise(price_N, load_N, step)
+        for device in range(len(fixed.slot_G)):
+            over = load.slot_G[device] - fixed.slot_G[device]
+            price.slot_G[device] = max(price.slot_G[device] + 0.15 * step * value / slots * over, 0.0)
     return best
 
 
-@compiled
-def _raise_prices(price_N: Floats, load_N: Floats, step: float) -> None:
+@inlined
+def _begin(price_N: Floats, load_N: Floats) -> None:
+    """Prices sum to one, nothing is loaded."""
+    total = 0.0
+    for price in price_N:
+        total += price
+    for place in range(len(price_N)):
+        price_N[place] /= total
+        load_N[place] = 0.0
+
+
+@inlined
+def _raise(price_N: Floats, load_N: Floats, step: float) -> None:
     """Multiply by how loaded each is beside the busiest."""
-    top = load_N.max()
-    if top > 0.0:
-        price_N *= np.exp(step * (load_N / top - 1.0))
-        price_N += 1e-9
+    top = 0.0
+    for load in load_N:
+        top = max(top, load)
+    for place in range(len(price_N) if top > 0.0 else 0):
+        price_N[place] = price_N[place] * exp(step * (load_N[place] / top - 1.0)) + 1e-9
 
 
 @compiled
-def _hold_cost(fixed: Fixed, expert: int, sync_price_L: Floats, move_price_L: Floats) -> Floats:
-    cost_G = np.zeros(len(fixed.slot_G))
+def _answers(fixed: Fixed, part_EH: Floats, price: PerResource, load: PerResource) -> float:
+    """Add every expert's cheapest answer to `load`; returns what all of them cost."""
+    total = 0.0
+    for expert in range(fixed.token_AE.shape[1]):
+        cost_AG = _serve_cost(fixed, part_EH, expert, price)
+        chosen, cost = _best_set(fixed.token_AE[:, expert], cost_AG, _hold_cost(fixed, expert, price))
+        total += cost
+        _hold(fixed, expert, chosen, load)
+        _serve(fixed, part_EH, expert, chosen, cost_AG, load)
+    return total
+
+
+@inlined
+def _price(price_L: Floats, cost_L: Floats, route_R: Ints, part_R: Floats) -> float:
+    """Of one token on a route; links that only part of the source uses are left out."""
+    total = 0.0
+    for place in range(len(route_R)):
+        link = route_R[place]
+        if link >= 0 and part_R[place] == 1.0:
+            total += price_L[link] * cost_L[link]
+    return total
+
+
+@inlined
+def _load(load_L: Floats, cost_L: Floats, route_R: Ints, part_R: Floats, tokens: float) -> None:
+    """Add tokens to the links that `_price` counts."""
+    for place in range(len(route_R)):
+        link = route_R[place]
+        if link >= 0 and part_R[place] == 1.0:
+            load_L[link] += tokens * cost_L[link]
+
+
+@compiled
+def _hold_cost(fixed: Fixed, expert: int, price: PerResource) -> Floats:
+    cost_G = price.slot_G.copy()
     home = fixed.home_E[expert]
     for device in range(len(cost_G)):
         nearest = fixed.nearest_EG[expert, device]
         for place in range(fixed.pair_route_GGR.shape[2]):
-            out, back = fixed.pair_route_GGR[device, home, place], fixed.pair_route_GGR[home, device, place]
-            if out >= 0:
-                cost_G[device] += sync_price_L[out] * fixed.sync_cost_L[out]
-            if back >= 0:
-                cost_G[device] += sync_price_L[back] * fixed.sync_cost_L[back]
-            if nearest >= 0 and fixed.pair_route_GGR[nearest, device, place] >= 0:
-                link = fixed.pair_route_GGR[nearest, device, place]
-                cost_G[device] += move_price_L[link] * fixed.move_cost_L[link]
+            for link in (fixed.pair_route_GGR[device, home, place], fixed.pair_route_GGR[home, device, place]):
+                if link >= 0:
+                    cost_G[device] += price.sync_L[link] * fixed.sync_cost_L[link]
+            link = fixed.pair_route_GGR[nearest, device, place]
+            if nearest >= 0 and link >= 0:
+                cost_G[device] += price.move_L[link] * fixed.move_cost_L[link]
     return cost_G
 
 
 @compiled
-def _serve_cost(fixed: Fixed, part_EH: Floats, expert: int, price_L: Floats, price_G: Floats) -> Floats:
+def _serve_cost(fixed: Fixed, part_EH: Floats, expert: int, price: PerResource) -> Floats:
     """Price of one token from A served at G."""
-    sources, devices, places = fixed.route_AGR.shape
+    sources, devices, _ = fixed.route_AGR.shape
+    price_L, cost_L, route_AGR, part_AGR = price.link_L, fixed.link_cost_L, fixed.route_AGR, fixed.part_AGR
+    upper_HHR, whole_R = fixed.upper_HHR, np.ones(fixed.upper_HHR.shape[2])
     cost_AG = np.zeros((sources, devices))
     for source in range(sources):
         at = fixed.host_A[source]
         for device in range(devices):
-            cost_AG[source, device] = price_G[device] * fixed.device_cost_G[device]
-            for place in range(places):
-                link = fixed.route_AGR[source, device, place]
-                if link >= 0 and fixed.part_AGR[source, device, place] == 1.0:
-                    cost_AG[source, device] += price_L[link] * fixed.link_cost_L[link]
-            if fixed.dedup and at != fixed.host_G[device]:
-                for place in range(fixed.upper_HHR.shape[2]):
-                    link = fixed.upper_HHR[at, fixed.host_G[device], place]
-                    if link >= 0:
-                        cost_AG[source, device] += part_EH[expert, at] * price_L[link] * fixed.link_cost_L[link]
+            to = fixed.host_G[device]
+            cost = price.device_G[device] * fixed.device_cost_G[device]
+            cost += _price(price_L, cost_L, route_AGR[source, device], part_AGR[source, device])
+            if fixed.dedup and at != to:
+                cost += part_EH[expert, at] * _price(price_L, cost_L, upper_HHR[at, to], whole_R)
+            cost_AG[source, device] = cost
     return cost_AG
 
 
@@ -181,50 +234,39 @@ def _best_set(token_A: Floats, cost_AG: Floats, hold_G: Floats) -> tuple[int, fl
 
 
 @compiled
-def _answer(  # noqa: PLR0913, PLR0917
-    fixed: Fixed,
-    part_EH: Floats,
-    expert: int,
-    chosen: int,
-    cost_AG: Floats,
-    load_L: Floats,
-    load_G: Floats,
-    sync_L: Floats,
-    move_L: Floats,
-    used_G: Floats,
-) -> None:
-    """Add the loads of an expert's best answer."""
-    sources, devices, places = fixed.route_AGR.shape
+def _hold(fixed: Fixed, expert: int, chosen: int, load: PerResource) -> None:
+    """Add slots, gradients and copying of an expert's chosen holders."""
     home = fixed.home_E[expert]
-    for device in range(devices):
+    for device in range(len(fixed.slot_G)):
         if not (chosen >> device) & 1:
             continue
-        used_G[device] += 1
+        load.slot_G[device] += 1
         nearest = fixed.nearest_EG[expert, device]
         for place in range(fixed.pair_route_GGR.shape[2]):
             for link in (fixed.pair_route_GGR[device, home, place], fixed.pair_route_GGR[home, device, place]):
                 if link >= 0:
-                    sync_L[link] += fixed.sync_cost_L[link]
-            if nearest >= 0 and fixed.pair_route_GGR[nearest, device, place] >= 0:
-                move_L[fixed.pair_route_GGR[nearest, device, place]] += fixed.move_cost_L[
-                    fixed.pair_route_GGR[nearest, device, place]
-                ]
+                    load.sync_L[link] += fixed.sync_cost_L[link]
+            link = fixed.pair_route_GGR[nearest, device, place]
+            if nearest >= 0 and link >= 0:
+                load.move_L[link] += fixed.move_cost_L[link]
+
+
+@compiled
+def _serve(fixed: Fixed, part_EH: Floats, expert: int, chosen: int, cost_AG: Floats, load: PerResource) -> None:
+    """Add the flows of an expert's tokens, each source to its cheapest chosen holder."""
+    sources, devices, _ = fixed.route_AGR.shape
+    load_L, cost_L, route_AGR, part_AGR = load.link_L, fixed.link_cost_L, fixed.route_AGR, fixed.part_AGR
+    upper_HHR, whole_R = fixed.upper_HHR, np.ones(fixed.upper_HHR.shape[2])
     for source in range(sources):
         best = -1
         for device in range(devices):
             if (chosen >> device) & 1 and (best < 0 or cost_AG[source, device] < cost_AG[source, best]):
                 best = device
         tokens, at, to = fixed.token_AE[source, expert], fixed.host_A[source], fixed.host_G[best]
-        load_G[best] += tokens * fixed.device_cost_G[best]
-        for place in range(places):
-            link = fixed.route_AGR[source, best, place]
-            if link >= 0 and fixed.part_AGR[source, best, place] == 1.0:
-                load_L[link] += tokens * fixed.link_cost_L[link]
+        load.device_G[best] += tokens * fixed.device_cost_G[best]
+        _load(load_L, cost_L, route_AGR[source, best], part_AGR[source, best], tokens)
         if fixed.dedup and at != to:
-            for place in range(fixed.upper_HHR.shape[2]):
-                link = fixed.upper_HHR[at, to, place]
-                if link >= 0:
-                    load_L[link] += tokens * part_EH[expert, at] * fixed.link_cost_L[link]
+            _load(load_L, cost_L, upper_HHR[at, to], whole_R, tokens * part_EH[expert, at])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,36 +136,60 @@ def _token_types(layer: Layer) -> tuple[Ints, Ints, Ints, Ints, Floats]:
     return bounds[:-1].reshape(experts, hosts), bounds[1:].reshape(experts, hosts), type_X, expert_TK, token_T
 
 
+def spread(token_E: Floats, speed_G: Floats, slot_G: Ints, host_G: Ints) -> NDArray[np.bool_]:
+    """held_EG: slots to the experts with most tokens per replica, replicas to hosts without one."""
+    held_EG = np.zeros((len(token_E), len(slot_G)), np.uint8)
+    count_E = _replicas(token_E, int(slot_G.sum()), min(len(slot_G), MOST_REPLICAS))
+    each_E = token_E / count_E
+    order_E, left_G, load_G = np.argsort(-each_E, kind="stable"), slot_G.copy(), np.zeros(len(slot_G))
+    on_EH = np.zeros((len(token_E), int(host_G.max()) + 1), np.int64)
+    for more_E in (np.ones_like(count_E), count_E - 1):  # every expert once, then its further replicas
+        _hand_out(order_E, more_E, each_E, speed_G, host_G, left_G, load_G, on_EH, held_EG)
+    return held_EG.astype(bool)
+
+
 @compiled
-def spread(token_E: Floats, speed_G: Floats, slot_G: Ints, host_G: Ints, held_EG: NDArray[np.uint8]) -> None:
-    """Fill held_EG: slots to the experts with most tokens per replica, replicas to hosts without one."""
-    experts, devices = held_EG.shape
-    count_E, left_G, load_G = np.ones(experts, np.int64), slot_G.copy(), np.zeros(devices)
-    hosts = host_G.max() + 1
-    for _ in range(slot_G.sum() - experts):
-        hottest, most = -1, 0.0
-        for expert in range(experts):
-            if count_E[expert] < min(devices, MOST_REPLICAS) and token_E[expert] / count_E[expert] > most:
-                hottest, most = expert, token_E[expert] / count_E[expert]
+def _replicas(token_E: Floats, slots: int, most: int) -> Ints:
+    """Slots, one after another, to the expert with most tokens per replica."""
+    count_E = np.ones(len(token_E), np.int64)
+    for _ in range(slots - len(token_E)):
+        hottest, top = -1, 0.0
+        for expert in range(len(token_E)):
+            if count_E[expert] < most and token_E[expert] / count_E[expert] > top:
+                hottest, top = expert, token_E[expert] / count_E[expert]
         if hottest < 0:
             break
         count_E[hottest] += 1
-    on_EH = np.zeros((experts, hosts), np.int64)
-    for turn in range(2):  # every expert once, then its further replicas
-        for expert in np.argsort(-token_E / count_E, kind="mergesort"):
-            for _ in range(1 if turn == 0 else count_E[expert] - 1):
-                best, fewest, least = -1, 0, 0.0
-                for device in range(devices):
-                    if left_G[device] == 0 or held_EG[expert, device]:
-                        continue
-                    near, load = on_EH[expert, host_G[device]], load_G[device] / speed_G[device]
-                    if best < 0 or near < fewest or (near == fewest and load < least):
-                        best, fewest, least = device, near, load
-                if best >= 0:
-                    held_EG[expert, best] = 1
-                    on_EH[expert, host_G[best]] += 1
-                    left_G[best] -= 1
-                    load_G[best] += token_E[expert] / count_E[expert]
+    return count_E
+
+
+@compiled
+def _hand_out(  # noqa: PLR0913, PLR0917
+    order_E: Ints,
+    more_E: Ints,
+    each_E: Floats,
+    speed_G: Floats,
+    host_G: Ints,
+    left_G: Ints,
+    load_G: Floats,
+    on_EH: Ints,
+    held_EG: NDArray[np.uint8],
+) -> None:
+    """So many more replicas of every expert, each to the least loaded device of the hosts with fewest of them."""
+    for expert in order_E:
+        for _ in range(more_E[expert]):
+            best, fewest, least = -1, 0, 0.0
+            for device in range(len(left_G)):
+                if left_G[device] == 0 or held_EG[expert, device]:
+                    continue
+                near, load = on_EH[expert, host_G[device]], load_G[device] / speed_G[device]
+                if best < 0 or near < fewest or (near == fewest and load < least):
+                    best, fewest, least = device, near, load
+            if best >= 0:
+                held_EG[expert, best] = 1
+                on_EH[expert, host_G[best]] += 1
+                left_G[best] -= 1
+                load_G[best] += each_E[expert]
 
 
 @compiled

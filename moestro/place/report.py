@@ -183,8 +183,6 @@ def _report(layer: Layer, error: float, effort: float, prove_s: float, placed: b
     after, time = answer.placement, answer.time
     before = split(layer, layer.held_EG)
     bound_s, proven = dual_bound(layer, answer.state), False
-    if prove_s > 0:
-        bound_s = max(bound_s, relaxed_bound(layer, prove_s, time.total_s))
     if prove_s >= 1 and layer.token_SE.size <= 256:
         found = exact(layer, prove_s)
         bound_s, proven = max(bound_s, found.bound_s), found.proven
@@ -193,6 +191,8 @@ def _report(layer: Layer, error: float, effort: float, prove_s: float, placed: b
             and (better := step_time(layer, split(layer, found.held_EG))).total_s < time.total_s
         ):
             after, time = split(layer, found.held_EG), better
+    if prove_s > 0 and (layer.sets or not proven):  # a programme of merged copies is proven for less than the layer
+        bound_s = max(bound_s, relaxed_bound(layer, prove_s, time.total_s))
     return LayerReport(
         layer=layer,
         before=before,

@@ -75,10 +75,8 @@ def split(layer: Layer, held_EG: NDArray[np.bool_]) -> Placement:
 
 def spread_start(layer: Layer) -> NDArray[np.bool_]:
     """Experts by load, replicas of one expert on different hosts; a fair start on any network."""
-    held_EG = np.zeros(layer.held_EG.shape, np.uint8)
     token_E = layer.token_SE.sum(axis=0)
-    spread(token_E, layer.tokens_per_s_G, layer.slot_G.astype(np.int64), layer.links.host_G, held_EG)
-    return held_EG.astype(bool)
+    return spread(token_E, layer.tokens_per_s_G, layer.slot_G.astype(np.int64), layer.links.host_G)
 
 
 def _plan(layer: Layer, fixed: Fixed, moves: int, gentle: bool) -> tuple[Schedule, int]:

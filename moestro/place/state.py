@@ -395,8 +395,9 @@ def _serve(fixed: Fixed, state: State, expert: int, source: int, device: int, mo
 @compiled
 def sync_with_first(fixed: Fixed, state: State, expert: int, sign: int) -> None:
     """Add (or drop) the gradients' ways between all replicas and the first device that holds one: its home is there."""
-    count = state.count_E[expert]
-    home = state.replica_EP[expert, :count].min() if count else 0
+    count, home = state.count_E[expert], len(fixed.slot_G)
+    for replica in range(count):
+        home = min(home, state.replica_EP[expert, replica])
     for replica in range(count):
         _both_ways(fixed.pair_route_GGR, fixed.sync_cost_L, state.sync_L, home, state.replica_EP[expert, replica], sign)
 
@@ -429,7 +430,8 @@ def hold(fixed: Fixed, state: State, expert: int, device: int, sign: int) -> Non
     if sign > 0:
         state.resident_GC[device, used] = expert
         state.replica_EP[expert, count] = device
-        state.share_EAP[expert, :, count] = 0.0
+        for source in range(state.share_EAP.shape[1]):
+            state.share_EAP[expert, source, count] = 0.0
     else:
         _leave(state.resident_GC[device], used - 1, expert)
         _leave(state.replica_EP[expert], count - 1, device)
