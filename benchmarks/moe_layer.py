@@ -39,6 +39,8 @@ from moestro.train.device import keep_freed_memory
 
 TOKENS, WIDTH, HIDDEN = 4096, 512, 1024
 DTYPES = ("float32", "bfloat16")
+WARM_UP = 10
+"""Rounds before any is counted: until freed blocks fit what is asked for next, the system maps and zeroes pages anew."""
 Routing = tuple[Tensor, Tensor]
 
 
@@ -131,7 +133,7 @@ def run_case(num_experts: int, dtype: torch.dtype, mean_k: float, zipf: bool, re
     dense, (peers, _) = ceiling(rows, dtype), make_peers(num_experts, dtype, mean_k < 2)
     x_TD, d_y_TD = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_(), torch.randn(TOKENS, WIDTH).to(dtype)
     times: dict[str, list[tuple[float, float]]] = {"ceiling": [], **{name: [] for name in peers}}
-    for repeat in range(-2, repeats):
+    for repeat in range(-WARM_UP, repeats):
         routing = draw_routing(num_experts, mean_k, zipf, seed=1000 + repeat)
         spent = {"ceiling": seconds(dense)}
         spent |= {name: seconds(partial(one_pass, peer, x_TD, routing, d_y_TD)) for name, peer in peers.items()}

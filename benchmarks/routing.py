@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student
+
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -40,8 +42,6 @@ RULES: dict[str, dict[str, Any]] = {
 }
 EQUAL_TIME = ("top-1", "gap 1.35")
 """Rules that also train for as long as top-2 does."""
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Two-sided 95 % quantile of Student's t for this many seeds."""
 
 
 def settings(rule: str) -> list[str]:
@@ -127,7 +127,8 @@ def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of the 95 % t-interval."""
     if len(values) < 2:
         return values[0], math.nan
-    return statistics.mean(values), T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = float(student.ppf(0.975, len(values) - 1))
+    return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def table(runs: list[dict[str, Any]], seconds: dict[str, list[float]], steps: int) -> list[dict[str, Any]]:
