@@ -40,7 +40,7 @@ from moestro.train.device import keep_freed_memory
 TOKENS, WIDTH, HIDDEN = 4096, 512, 1024
 DTYPES = ("float32", "bfloat16")
 WARM_UP = 10
-"""Rounds before any is counted: until freed blocks fit what is asked for next, the system maps and zeroes pages anew."""
+"""Rounds before any is counted: until freed blocks fit what is asked for next, pages are mapped and zeroed anew."""
 Routing = tuple[Tensor, Tensor]
 
 
