@@ -126,7 +126,10 @@ def argument_type(name: str, constants: dict[str, Any], dtype: str) -> str:
             return f"*{dtype}"
         inner, columns = constants["INNER"], constants["COLUMNS"]
         transposed = constants.get("TRANSPOSED", "KEEP" not in constants)  # act_backward too
-        rows = [constants["ROWS"], inner if name == "a" else columns // 2 if columns >= 128 else columns]
+        rows = [
+            constants["ROWS"],
+            inner if name == "a" else columns // 2 if columns >= products.HALVED.value else columns,
+        ]
         block = rows if name != "weight" else [1, *((columns, inner) if transposed else (inner, columns))]
         return f"tensordesc<{dtype}{block}>".replace(" ", "")
     return f"*{dtype}" if name.endswith("_ptr") else "i32"

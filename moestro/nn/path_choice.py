@@ -12,6 +12,7 @@ Dimension key:  T tokens   D width   K slots   E experts
 import functools
 import json
 import os
+import statistics
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ GpuPath = Literal["triton", "fp8", "grouped", "loop"]
 FEW = 1024
 """Tokens below which launching costs more than computing, and a measurement says little."""
 REPEATS = 5
+HEAD_START = 10_000_000
+"""Cycles, some 5 ms, that the GPU idles before it is timed, so that all launches are queued by then."""
 SETTLED: dict[str, GpuPath] = {}
 """What this process has looked up."""
 
@@ -118,7 +121,7 @@ def measure(x_TD: Tensor, slots: int, experts: Experts, paths: list[GpuPath]) ->
                 ms[path] = milliseconds(functools.partial(run, path))
             except torch.AcceleratorError:
                 raise  # the device is lost to this process: nothing after it would work
-            except RuntimeError:  # too little memory, or an operator this build lacks
+            except gpu.refusals():  # too little memory, or an operator this build lacks
                 continue
     return Measured(ms, blocks)
 
@@ -138,18 +141,21 @@ def best_blocks(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, experts: Exp
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Median time on the GPU between events."""
+    """Median time on the GPU."""
     for _ in range(2):
         call()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+    return statistics.median(device_ms(call) for _ in range(repeats))
+
+
+def device_ms(call: Callable[[], Any]) -> float:
+    """Time on the GPU between events. What the host needs to launch counts only where it waits for the GPU."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def choices_file() -> File:

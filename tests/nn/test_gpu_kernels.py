@@ -1,6 +1,7 @@
 """The Triton kernels equal the obviously right loop, on a GPU where there is one, else in Triton's interpreter."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from moestro.core.specs import MoESpec
 from moestro.nn.experts import Experts
-from moestro.nn.kernels.gpu import launch
+from moestro.nn.kernels.gpu import launch, tune
 from moestro.nn.kernels.gpu.blocks import SMALL, Blocks, tile_rows
 from moestro.nn.kernels.gpu.experts import sort_tiles, triton_experts
 from moestro.nn.kernels.gpu.sort import sort_places
@@ -181,6 +182,37 @@ def test_sorting_equals_a_stable_argsort(tokens: int, slots: int, num_experts: i
     assert int(offset[-1]) == len(tiles)
     assert tile[:, : len(tiles)].T.tolist() == [list(pair) for pair in tiles]
     assert busiest.tolist() == sorted(range(num_experts), key=lambda e: (-count[e], e))
+
+
+def test_weights_may_lie_turned_and_the_tensors_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read weights row by row, and Triton launches on the current GPU whatever the tensors'."""
+    entered: list[Tensor] = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor) or device_of(tensor))
+    experts, (x, weight, expert, _) = drawn(3), draw_case(5, LOADS["one or two experts"][1][:5])
+    plain = [experts.gate_up_EDF.detach(), experts.down_EFD.detach()]
+    turned = [w.mT.contiguous().mT for w in plain]
+    tiles = sort_tiles(expert, 3)
+    found = [triton_experts(x, weight, tiles, *weights) for weights in (plain, turned)]
+    assert torch.equal(*found)
+    assert [id(tensor) for tensor in entered] == [id(expert), id(x), id(x)]
+
+
+def test_block_sizes_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own errors are no RuntimeErrors."""
+
+    def clock(call: Callable[[], Any]) -> float:
+        return 1.0 if call.__defaults__[1] is tune.CANDIDATES["down"][1] else too_large()  # type: ignore[attr-defined]
+
+    def too_large() -> float:
+        raise triton.OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(tune, "trials", lambda *_: {"down": lambda _: None})
+    monkeypatch.setattr(tune, "CHOSEN", {})
+    x, down = torch.zeros(1, D), torch.zeros(3, WIDE, D)
+    found = tune.tune(x, x, sort_tiles(torch.zeros(1, 1, dtype=torch.int64), 3), x, down, clock)
+    assert found == {"down": [math.inf, 1.0, *[math.inf] * (len(tune.CANDIDATES["down"]) - 2)]}
+    assert list(tune.CHOSEN.values()) == [tune.CANDIDATES["down"][1]]
 
 
 def test_few_rows_an_expert_get_small_tiles() -> None:

@@ -1,6 +1,8 @@
 """The fastest path is measured once, kept, and read again; what is damaged or cannot be measured does no harm."""
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from moestro.nn.experts import Experts
 from moestro.nn.path_choice import Measured, measured_path, remember, remembered
 
 X_TD = torch.zeros(8, 16, dtype=torch.bfloat16)
+NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+TRITONS = import_module("triton").TritonError("does not compile") if find_spec("triton") else None
 
 
 @pytest.fixture
@@ -74,9 +78,10 @@ def test_measuring_leaves_gradients_and_random_numbers_alone(experts: Experts, m
     assert all(parameter.grad is None for parameter in experts.parameters())
 
 
-def test_a_path_that_fails_is_left_out(experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no such operator"), pytest.param(TRITONS, marks=NEEDS_TRITON)])
+def test_a_path_that_fails_is_left_out(error: Exception, experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Callable[[], Any]) -> float:
-        raise RuntimeError("no such operator")
+        raise error
 
     monkeypatch.setattr(path_choice, "milliseconds", fails)
     found = path_choice.measure(X_TD, 2, experts, ["grouped"])

@@ -15,9 +15,14 @@ kernels run on CPU tensors, slowly; tests use that where there is no GPU.
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 OLDEST = (8, 0)
 """Compute capability below which there are no bfloat16 products."""
@@ -39,6 +44,26 @@ def why_not(device_type: str = "cuda", index: int = 0) -> str:
         return "no GPU"
     found = torch.cuda.get_device_capability(index)
     return "" if found >= OLDEST else f"compute capability is {found[0]}.{found[1]}; kernels need 8.0 or more"
+
+
+def on_its_device(operator: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """The operator with its first tensor's GPU as the current one, which is where Triton launches."""
+
+    @functools.wraps(operator)
+    def run(first: Tensor, *others: P.args, **named: P.kwargs) -> R:
+        with torch.cuda.device_of(first):
+            return operator(first, *others, **named)
+
+    return run
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What is raised where one way of computing cannot run though others may; Triton's errors are no RuntimeErrors."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton import TritonError
+
+    return (RuntimeError, TritonError)
 
 
 def usable(tensor: Tensor) -> bool:

@@ -34,18 +34,25 @@ class Blocks:
     """Rows of the output of one program; weight gradients only."""
 
 
-PRODUCT = [Blocks(256, 64), Blocks(256, 64, stages=4), Blocks(128, 64, stages=4), Blocks(128, 64, warps=4, stages=3)]
-WEIGHT = [Blocks(256, 64, stages=5), Blocks(256, 64, stages=3), Blocks(128, 64, stages=7), Blocks(128, 64, 4, stages=5)]
+PRODUCT = [Blocks(256, 64), Blocks(256, 64, stages=4), Blocks(128, 64), Blocks(128, 64, warps=4)]
+WEIGHT = [Blocks(256, 64, stages=5), Blocks(256, 64, stages=3), Blocks(128, 64, stages=5), Blocks(128, 64, 4, stages=5)]
 """Tokens are looked up before rows are copied, which halves the rounds in flight: 5 stages are 3 buffers."""
 CANDIDATES: dict[Kernel, list[Blocks]] = {
-    "gate_up": [Blocks(128, 64), Blocks(128, 64, stages=4), Blocks(64, 64, stages=4), Blocks(128, 64, group=16)],
+    "gate_up": [
+        Blocks(128, 64),
+        Blocks(128, 64, stages=4),
+        Blocks(128, 64, group=16),
+        Blocks(64, 64),
+        Blocks(64, 64, warps=4),
+    ],
     "down": PRODUCT,
-    "act_backward": [Blocks(128, 64), Blocks(128, 64, stages=4), Blocks(64, 64, stages=4)],
+    "act_backward": [Blocks(128, 64), Blocks(128, 64, stages=4), Blocks(64, 64), Blocks(64, 64, warps=4)],
     "d_x": PRODUCT,
     "d_gate_up_weight": WEIGHT,
     "d_down_weight": WEIGHT,
 }
-"""For 16-bit types, the default first."""
+"""For 16-bit types, the default first. Of two sizes, the larger moves fewer bytes and has a multiprocessor to itself;
+the smaller leaves room for a second program, so that one writes its tile while the other multiplies (docs/gpu.md)."""
 
 EXACT = Blocks(64, 32, warps=8, stages=2, high=64)
 """float32: no tensor cores in full precision, and twice the bytes."""

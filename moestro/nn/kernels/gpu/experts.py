@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.nn.kernels.gpu import interpreted, launch, launch_fp8
+from moestro.nn.kernels.gpu import interpreted, launch, launch_fp8, on_its_device
 from moestro.nn.kernels.gpu.blocks import tile_rows
 from moestro.nn.kernels.gpu.interpreter import repair
 from moestro.nn.kernels.gpu.sort import sort_places
@@ -37,6 +37,7 @@ torch.library.define(
 
 
 @torch.library.impl("moestro::sort_places", "default")
+@on_its_device
 def _sort(expert_TK: Tensor, num_experts: int, rows: int) -> list[Tensor]:
     return list(sort_places(expert_TK, num_experts, rows))
 
@@ -69,6 +70,7 @@ def first_product_fp8(x_TD: Tensor, share_TK: Tensor, tiles: Tiles, gate_up_EDF:
 
 
 @torch.library.impl("moestro::experts", "default")
+@on_its_device
 def _experts(
     x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor, down_EFD: Tensor,
     masters: list[Tensor], keep: bool, eight: bool,
@@ -95,6 +97,7 @@ def _(
 
 
 @torch.library.impl("moestro::experts_backward", "default")
+@on_its_device
 def _backward(
     d_y_TD: Tensor, x_TD: Tensor, share_TK: Tensor, tables: list[Tensor], rows: int, gate_up_EDF: Tensor,
     down_EFD: Tensor, gate_up_AF: Tensor, dtype: torch.dtype, weights_too: bool,
@@ -180,7 +183,7 @@ def triton_experts(
     """
     masters = [gate_up_EDF, down_EFD]
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, share_TK, *masters))
-    casts = [master.detach().to(x_TD.dtype) for master in masters]
+    casts = [master.detach().to(x_TD.dtype).contiguous() for master in masters]
     tables = [tiles.source_A, tiles.row_A, tiles.offset_X, tiles.tile_2M, tiles.busiest_E]
     y_TD, _ = torch.ops.moestro.experts(
         x_TD.contiguous(), share_TK.float().contiguous(), tables, tiles.rows, *casts, masters,

@@ -33,7 +33,7 @@ def quantise_rows(x_ptr, out_ptr, scale_ptr, rows, WIDTH: tl.constexpr, ROWS: tl
     place = row[:, None].to(tl.int64) * WIDTH + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     x = tl.load(x_ptr + place, mask=(row < rows)[:, None], other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-12) / LARGEST
-    small = tl.clamp(x / scale[:, None], -LARGEST, LARGEST)  # a quotient may round to just above
+    small = tl.clamp(x / scale[:, None], -LARGEST, LARGEST, tl.PropagateNan.ALL)  # a quotient may round to just above
     tl.store(out_ptr + place, small.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None])
     tl.store(scale_ptr + row.to(tl.int64) * (WIDTH // BLOCK) + tl.program_id(1), scale, mask=row < rows)
 
@@ -49,7 +49,7 @@ def quantise_weight(
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(w_ptr + expert * INSIDE * OUTSIDE + row[:, None] * OUTSIDE + column[None, :]).to(tl.float32)
     scale = tl.maximum(tl.max(tl.max(tl.abs(w), axis=1), axis=0), 1e-12) / LARGEST
-    small = tl.clamp(w / scale, -LARGEST, LARGEST).to(out_ptr.dtype.element_ty)
+    small = tl.clamp(w / scale, -LARGEST, LARGEST, tl.PropagateNan.ALL).to(out_ptr.dtype.element_ty)
     high: tl.constexpr = INSIDE // BLOCK
     wide: tl.constexpr = OUTSIDE // BLOCK
     out_ptr += expert * INSIDE * OUTSIDE
@@ -95,7 +95,7 @@ def gate_up_act_fp8(
         w_gate = load_slice(weight, expert, first, step * BLOCK, 2 * HIDDEN, WIDTH, BLOCK, BLOCK, TMA).T
         w_up = load_slice(weight, expert, HIDDEN + first, step * BLOCK, 2 * HIDDEN, WIDTH, BLOCK, BLOCK, TMA).T
         gate = add_scaled(x, w_gate, gate, x_scale, tl.load(scales + part * (WIDTH // BLOCK) + step), UPCAST)
-        up_scale = tl.load(scales + (HIDDEN // BLOCK + part) * (WIDTH // BLOCK) + step)
+        up_scale = tl.load(scales + (HIDDEN + first) // BLOCK * (WIDTH // BLOCK) + step)
         up = add_scaled(x, w_up, up, x_scale, up_scale, UPCAST)
     store_act(gate, up, share_ptr, source, live, gate_up_ptr, act_ptr, first_row, part, HIDDEN, ROWS, BLOCK, KEEP)
 

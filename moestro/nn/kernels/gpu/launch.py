@@ -97,7 +97,7 @@ def act_backward(
     d_gate_up_AF, act_AF = torch.empty_like(gate_up_AF), d_y_TD.new_empty(places, hidden)
     part_XA = torch.empty(columns, places, dtype=torch.float32, device=d_y_TD.device)
     if places:
-        wide = blocks.columns // 2 if blocks.columns >= 128 else blocks.columns
+        wide = blocks.columns // 2 if blocks.columns >= products.HALVED.value else blocks.columns
         kept = TensorDescriptor.from_tensor(gate_up_AF, [tiles.rows, wide]) if tma else gate_up_AF
         products.act_backward[(most * columns,)](
             d_y_TD, _slices(down_EFD, blocks.columns, blocks.inner, tma), share_TK, tiles.source_A, tiles.offset_X,

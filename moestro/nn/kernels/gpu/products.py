@@ -17,6 +17,9 @@ Dimension key:  A rows   D width   F expert width   E experts
 import triton
 import triton.language as tl
 
+HALVED = tl.constexpr(64)
+"""Columns from which `act_gradients` takes a tile in two halves."""
+
 
 @triton.jit
 def tile_of(program, num_tiles, num_columns, GROUP: tl.constexpr):
@@ -193,7 +196,7 @@ def act_gradients(
     """`swiglu_backward` of a tile, in pieces that fit into registers; d_share of its rows."""
     share = tl.load(share_ptr + source, mask=live, other=0.0)[:, None]
     first = part * COLUMNS
-    if COLUMNS >= 128:  # half at a time: the whole in float32 three times over does not fit into registers
+    if COLUMNS >= HALVED:  # half at a time: the whole in float32 three times over does not fit into registers
         left, right = d_act.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
         sum_left = swiglu_backward(
             left, gate_up, d_gate_up_ptr, act_ptr, share, live, first_row, first, HIDDEN, ROWS, COLUMNS // 2, TMA

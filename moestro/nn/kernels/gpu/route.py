@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moestro.nn.kernels.gpu import interpreted, routing
+from moestro.nn.kernels.gpu import interpreted, on_its_device, routing
 from moestro.nn.kernels.gpu.interpreter import repair
 from moestro.nn.routing_budget import BINS
 
@@ -68,6 +68,7 @@ def _shapes(tokens: int, experts: int, slots: int, gap: bool) -> list[tuple[tupl
 
 
 @torch.library.impl("moestro::route", "default")
+@on_its_device
 def _route(
     logit_TE: Tensor, bias_E: Tensor, threshold: Tensor, seen_E: Tensor, slots: int, softmax: bool, biased: bool,
     gap: bool, mode: int, scale: float, aux: float, z: float,
@@ -104,6 +105,7 @@ def _(
 
 
 @torch.library.impl("moestro::route_backward", "default")
+@on_its_device
 def _backward(
     logit_TE: Tensor, expert_TK: Tensor, weight_TK: Tensor, second_T: Tensor, share_E: Tensor, d_weight_TK: Tensor,
     d_loss: Tensor, softmax: bool, mode: int, scale: float, aux: float, z: float,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moestro.nn.kernels.gpu import launch
+from moestro.nn.kernels.gpu import launch, refusals
 from moestro.nn.kernels.gpu.blocks import CANDIDATES, CHOSEN, Blocks, Kernel, Shape
 from moestro.nn.kernels.gpu.tiles import Tiles
 
@@ -47,7 +47,7 @@ def tune(
         for blocks in CANDIDATES[kernel]:
             try:
                 times.append(clock(lambda run=launch_with, blocks=blocks: run(blocks)))  # type: ignore[misc]
-            except (RuntimeError, MemoryError) as error:  # more shared memory or registers than there are
+            except refusals() as error:  # more shared memory or registers than there are
                 if isinstance(error, torch.AcceleratorError):
                     raise
                 times.append(float("inf"))
