@@ -1,7 +1,7 @@
 """Shapes, loads and contestants of `moe_layer_gpu.py`.
 
     SHAPES, LOADS -> draw_routing -> expert_TK, weight_TK
-    CONTESTANTS: name -> make(gate_up_EDF, down_EFD) -> Peer      an ImportError says why one is absent
+    contestants(shape): name -> make(gate_up_EDF, down_EFD) -> Peer      an ImportError says why one is absent
 
 Other projects' ways are written anew in plain torch where installing them is not possible on a lent machine, and named
 `-style`: they show what the approach costs, not what that project's code does.
@@ -9,8 +9,10 @@ Other projects' ways are written anew in plain torch where installing them is no
 Dimension key:  T tokens   D width   E experts   K slots   F expert width   N routed rows
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 
 from moestro.core.specs import MoESpec
 from moestro.nn.experts import Experts
-from moestro.nn.permute import sort_by_expert
+from moestro.nn.permute import count_of, sort_by_expert
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Shape:
         return f"({self.tokens}, {self.width}, {self.hidden}, {self.experts}, {k})"
 
     @property
+    def full(self) -> "Shape":
+        """The same with all slots used."""
+        return replace(self, mean_k=0.0)
+
+    @property
     def rows(self) -> int:
         """Assignments, on average."""
         return round(self.tokens * (self.mean_k or self.slots))
@@ -62,6 +69,8 @@ SHAPES = [
     Shape(8192, 1024, 2816, 16, 2, 1.35),
     Shape(8192, 1024, 2816, 16, 2),  # what the one above is held against
 ]
+BY_WORTH = [1, 3, 0, 5, 6, 4, 2]
+"""In which order they are timed: where aims differ comes first, should time run out."""
 TOY = [Shape(48, 32, 48, 4, 2), Shape(40, 32, 32, 3, 2, 1.35)]
 """For a dry run in Triton's interpreter."""
 
@@ -113,17 +122,18 @@ def draw_weights(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16)
     return first, second
 
 
-def ours(path: Any) -> Callable[[Tensor, Tensor], Peer]:
+def ours(path: Any, recompute: bool = False) -> Callable[[Tensor, Tensor], Peer]:
     """Our layer after routing, by one of its paths; the weights are used where they lie."""
 
     def make(gate_up_EDF: Tensor, down_EFD: Tensor) -> Peer:
         num_experts, hidden, width = down_EFD.shape
         if path == "fp8" and (width % 128 or hidden % 128):
-            raise ValueError(f"{width} and {hidden} are not multiples of 128")
+            raise ImportError(f"{width} and {hidden} are not multiples of 128")
         with torch.device("meta"):
             experts = Experts(width, MoESpec(num_experts=num_experts, expert_width=hidden))
         experts.gate_up_EDF = torch.nn.Parameter(gate_up_EDF)
         experts.down_EFD = torch.nn.Parameter(down_EFD)
+        experts.recompute = recompute
 
         def layer(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
             order = sort_by_expert(expert_TK, num_experts, tiled=path != "grouped", unused_too=True)
@@ -157,41 +167,30 @@ def torchtitan_style(gate_up_EDF: Tensor, down_EFD: Tensor) -> Peer:
 
 
 def scattermoe(gate_up_EDF: Tensor, down_EFD: Tensor) -> Peer:
-    """ScatterMoE's SwiGLU layer; its weights are [experts, out, in]."""
-    from scattermoe.mlp import GLUMLP
+    """ScatterMoE's SwiGLU layer (its mlp.GLUMLP, with torch's sort instead of the same sort compiled)."""
+    from scattermoe import parallel_linear
 
-    num_experts, hidden, width = down_EFD.shape
-    made: dict[int, Any] = {}
+    num_experts = len(down_EFD)
+    first, second = (weight.mT.contiguous().requires_grad_() for weight in (gate_up_EDF, down_EFD))  # [E, out, in]
 
     def layer(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        slots = expert_TK.shape[1]
-        y_TD: Tensor = made[slots](x_TD, weight_TK.to(x_TD.dtype), expert_TK)
+        expert_A, source_A = expert_TK.flatten().sort()
+        order = expert_A, source_A, count_of(expert_A, num_experts).cumsum(0)
+        both = parallel_linear(x_TD, first.mT, expert_TK.shape[1], *order, grouped_out=True)
+        gate, up = both.chunk(2, -1)
+        share = weight_TK.to(x_TD.dtype)
+        y_TD: Tensor = parallel_linear(F.silu(gate) * up, second.mT, 1, *order, grouped_in=True, gates=share)
         return y_TD
 
-    for slots in (2, 8, 10):
-        made[slots] = GLUMLP(width, hidden, num_experts, slots, activation=torch.nn.SiLU())
-    module = made[8].to(gate_up_EDF.device, gate_up_EDF.dtype)
-    gate, up = gate_up_EDF.transpose(1, 2).chunk(2, 1)
-    module.experts.weight.data = torch.cat([up, gate], 1).contiguous()
-    module.output_experts.weight.data = down_EFD.transpose(1, 2).contiguous()
-    for other in made.values():
-        other.experts, other.output_experts = module.experts, module.output_experts
-    return Peer(layer, list(module.parameters()))
+    return Peer(layer, [first, second])
 
 
-def sonicmoe(gate_up_EDF: Tensor, down_EFD: Tensor) -> Peer:
-    """SonicMoE; only says whether it is there, as its interface has a router of its own."""
-    import sonicmoe  # noqa: F401
-
-    raise ImportError("sonicmoe is here, but it routes inside its layer: time it by its own benchmark")
-
-
-def transformers_with(implementation: str) -> Callable[[Tensor, Tensor], Peer]:
-    """transformers' experts on the device of the weights."""
+def transformers_kernel(name: str) -> Callable[[Tensor, Tensor], Peer]:
+    """transformers' experts by a kernel that it downloads; says at once where that cannot be."""
 
     def make(gate_up_EDF: Tensor, down_EFD: Tensor) -> Peer:
-        with torch.device(gate_up_EDF.device):
-            return transformers_experts(implementation)(gate_up_EDF, down_EFD)
+        getattr(import_module(f"transformers.integrations.{name}"), f"is_{name}_loadable")(raise_error=True)
+        return transformers_experts(name)(gate_up_EDF, down_EFD)
 
     return make
 
@@ -217,19 +216,23 @@ def dense_products(shape: Shape, device: str, dtype: torch.dtype, backward: bool
     return run
 
 
-CONTESTANTS: dict[str, Callable[[Tensor, Tensor], Peer]] = {
-    "moestro triton": ours("triton"),
-    "moestro fp8": ours("fp8"),
-    "moestro grouped": ours("grouped"),
-    "sort + grouped_mm + index_add": sort_and_grouped_mm,
-    "torchtitan-style": torchtitan_style,
-    "transformers grouped_mm": transformers_with("grouped_mm"),
-    "transformers sonicmoe": transformers_with("sonicmoe"),
-    "transformers deepgemm": transformers_with("deepgemm"),
-    "ScatterMoE": scattermoe,
-    "SonicMoE": sonicmoe,
-}
+def contestants(shape: Shape) -> dict[str, Callable[[Tensor, Tensor], Peer]]:
+    """Ours first; where a token may have fewer experts than slots, those that take that."""
+    found = {
+        "moestro triton": ours("triton"),
+        "sort + grouped_mm + index_add": functools.partial(sort_and_grouped_mm, every_slot=not shape.mean_k),
+        "torchtitan-style": torchtitan_style,
+        "transformers grouped_mm": transformers_experts("grouped_mm"),
+        "moestro grouped": ours("grouped"),
+        "ScatterMoE": scattermoe,
+        "moestro fp8": ours("fp8"),
+        "transformers sonicmoe": transformers_kernel("sonicmoe"),
+        "transformers deepgemm": transformers_kernel("deepgemm"),
+    }
+    return {name: make for name, make in found.items() if not shape.mean_k or name in VARIABLE_K}
+
+
 VARIABLE_K = ("moestro triton", "moestro fp8", "moestro grouped", "sort + grouped_mm + index_add")
 """Those that take a token with fewer experts than slots."""
 
-__all__ = ["CONTESTANTS", "LOADS", "SHAPES", "TOY", "VARIABLE_K", "Layer", "Peer", "Shape"]
+__all__ = ["BY_WORTH", "LOADS", "SHAPES", "TOY", "Layer", "Peer", "Shape", "contestants"]

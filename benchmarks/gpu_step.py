@@ -4,6 +4,7 @@ Model FLOP utilisation counts 6 FLOPs per active parameter and token, plus causa
 rate of the vendor's data sheet (989 TFLOP/s for H100 SXM and H200); recomputation counts for nothing.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,33 +27,39 @@ ONE_BILLION = {
     "attention": {"num_heads": 16, "num_kv_heads": 8, "qk_norm": "head"},
     "moe": {"num_experts": 24, "expert_width": 1024, "router": {"rule": "topk", "k": 8}},
 }  # fmt: skip
-"""1.1 B of 2.8 B parameters are used per token; weights, moments and gradients in float32 are 45 GB."""
+"""1.1 B of 2.7 B parameters are used per token; weights, moments and gradients in float32 are 43 GB."""
 TINY = {
     "num_layers": 2, "width": 32, "vocab_size": 512, "attention": {"num_heads": 2},
     "moe": {"num_experts": 4, "expert_width": 32, "router": {"rule": "topk", "k": 2}},
 }  # fmt: skip
 
 
+ROUTINGS = [(32768, 2048, 128, "topk", 8), (32768, 2048, 512, "topk", 10), (16384, 4096, 8, "topk", 2),
+            (8192, 1024, 16, "gap", 2)]  # fmt: skip
+"""Tokens, width, experts, rule, k."""
+
+
+def route(tokens: int, width: int, experts: int, rule: Any, k: int, device: str, fused: bool) -> Callable[[], None]:
+    """A router's forward and backward pass."""
+    router = Router(width, experts, RouterSpec(rule=rule, k=k, z_loss=1e-3)).to(device)
+    torch.nn.init.normal_(router.weight_ED, std=0.02)
+    router.fused = fused
+    x_TD = torch.randn(tokens, width, device=device, dtype=torch.bfloat16).requires_grad_()
+
+    def run() -> None:
+        choice, record = router(x_TD)
+        (choice.weight_TK.sum() + record.loss).backward()
+
+    return run
+
+
 def time_routing(device: str, say: Say, clock: Callable[[list[Callable[[], Any]]], float]) -> list[dict[str, Any]]:
     """The router after its linear map, fused and in plain torch: forward and backward."""
-    cases = [(64, 8, 4, "topk", 2)] if device == "cpu" else [
-        (32768, 2048, 128, "topk", 8), (32768, 2048, 512, "topk", 10), (16384, 4096, 8, "topk", 2),
-        (8192, 1024, 16, "gap", 2),
-    ]  # fmt: skip
     rows = []
-    for tokens, width, experts, rule, k in cases:
-        router = Router(width, experts, RouterSpec(rule=rule, k=k, z_loss=1e-3)).to(device)  # type: ignore[arg-type]
-        torch.nn.init.normal_(router.weight_ED, std=0.02)
-        x_TD = torch.randn(tokens, width, device=device, dtype=torch.bfloat16).requires_grad_()
-
-        def run(router: Router = router, x_TD: torch.Tensor = x_TD) -> None:
-            choice, record = router(x_TD)
-            (choice.weight_TK.sum() + record.loss).backward()
-
-        row: dict[str, Any] = {"tokens": tokens, "experts": experts, "rule": rule, "k": k}
+    for case in [(64, 8, 4, "topk", 2)] if device == "cpu" else ROUTINGS:
+        row: dict[str, Any] = dict(zip(("tokens", "width", "experts", "rule", "k"), case, strict=True))
         for fused in (False, True):
-            router.fused = fused
-            row["fused_ms" if fused else "torch_ms"] = clock([run] * 6)
+            row["fused_ms" if fused else "torch_ms"] = clock([route(*case, device, fused)] * 6)
         say(f"  routing {row}")
         rows.append(row)
     return rows
@@ -65,7 +72,7 @@ def make_trainer(device: str, parts: int) -> Trainer:
         "steps": 100,
         "length": 16 if toy else 2048,
         "sequences": 4 if toy else 16,
-        "micro_batches": 1 if toy else 4,
+        "micro_batches": 1 if toy else parts,
     }
     table = {"model": TINY if toy else ONE_BILLION, "train": train | {"device": device}}
     token_N = np.random.default_rng(0).integers(0, 512 if toy else 32000, 2_000_000).astype(np.uint16)
@@ -81,13 +88,21 @@ def warmed_trainer(device: str, parts: int) -> Trainer:
     return trainer
 
 
+def largest_trainer(device: str, say: Say) -> Trainer:
+    """With as few micro-batches as the card's memory allows: each costs a pass over all weights and gradients."""
+    for parts in (4, 8, 16):
+        try:
+            return warmed_trainer(device, parts)
+        except torch.OutOfMemoryError:
+            say(f"  whole step: too little memory for {parts} micro-batches")
+        gc.collect()  # outside of the handler, whose traceback holds the trainer that was too large
+        torch.cuda.empty_cache()
+    raise MemoryError("the 16-layer model does not fit")
+
+
 def time_step(device: str, say: Say, steps: int) -> dict[str, Any]:
     """Seconds of a step and its share of the card's product rate."""
-    try:
-        trainer = warmed_trainer(device, 4)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        trainer = warmed_trainer(device, 8)
+    trainer = largest_trainer(device, say)
     spec, train = trainer.model.spec, trainer.recipe.train
     if device == "cuda":
         torch.cuda.synchronize()

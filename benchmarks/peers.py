@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moestro.core.specs import MoESpec
 from moestro.nn.moe import MoE
+from moestro.nn.permute import count_of
 from moestro.nn.routing_rules import Choice
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,15 +48,15 @@ def ours(path: Any) -> Callable[[Tensor, Tensor], Peer]:
     return make
 
 
-def sort_and_grouped_mm(gate_up_EDF: Tensor, down_EFD: Tensor) -> Peer:
-    """The textbook way: sort, index, grouped_mm, index_add."""
+def sort_and_grouped_mm(gate_up_EDF: Tensor, down_EFD: Tensor, every_slot: bool = False) -> Peer:
+    """The textbook way: sort, index, grouped_mm, index_add. `every_slot`: none is unused, so none has to be cut off."""
     gate_up, down = (weight.clone().requires_grad_() for weight in (gate_up_EDF, down_EFD))
 
     def layer(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         num_experts = len(down)
         order = expert_TK.flatten().argsort(stable=True)
-        count = torch.bincount(expert_TK.flatten(), minlength=num_experts + 1)[:num_experts]
-        order = order[: int(count.sum())]
+        count = count_of(expert_TK.flatten(), num_experts + 1)[:num_experts]
+        order = order if every_slot else order[: int(count.sum())]
         token, offs = order // expert_TK.shape[1], count.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(x_TD[token], gate_up, offs=offs).chunk(2, -1)
         out = F.grouped_mm(F.silu(gate) * up, down, offs=offs) * weight_TK.flatten()[order, None].to(x_TD.dtype)
@@ -76,9 +77,10 @@ def transformers_experts(implementation: str) -> Callable[[Tensor, Tensor], Peer
             hidden_size=width, intermediate_size=hidden, num_local_experts=num_experts, num_attention_heads=8
         )
         config._experts_implementation = implementation
-        experts = MixtralExperts(config)
-        experts.gate_up_proj.data = gate_up_EDF.transpose(1, 2).contiguous()
-        experts.down_proj.data = down_EFD.transpose(1, 2).contiguous()
+        with torch.device("meta"):
+            experts = MixtralExperts(config)
+        experts.gate_up_proj = torch.nn.Parameter(gate_up_EDF.transpose(1, 2).contiguous())
+        experts.down_proj = torch.nn.Parameter(down_EFD.transpose(1, 2).contiguous())
         return Peer(lambda x, expert, weight: experts(x, expert, weight.to(x.dtype)), list(experts.parameters()))
 
     return make

@@ -76,7 +76,8 @@ class Trainer:
         self.device = pick_device(train.device)
         self.dtype = pick_dtype(train.precision, self.device)
         torch.manual_seed(recipe.seed)
-        self.model = Decoder(sized(recipe.model, data.tokenizer.vocab_size)).initialise().to(self.device)
+        with self.device:  # billions of weights are drawn on a GPU in no time
+            self.model = Decoder(sized(recipe.model, data.tokenizer.vocab_size)).initialise()
         self.model.recompute = train.recompute == "all"
         for module in self.model.modules():
             if isinstance(module, MoE):

@@ -50,7 +50,7 @@ def on_its_device(operator: Callable[Concatenate[Tensor, P], R]) -> Callable[Con
     """The operator with its first tensor's GPU as the current one, which is where Triton launches."""
 
     @functools.wraps(operator)
-    def run(first: Tensor, *others: P.args, **named: P.kwargs) -> R:
+    def run(first: Tensor, /, *others: P.args, **named: P.kwargs) -> R:
         with torch.cuda.device_of(first):
             return operator(first, *others, **named)
 
