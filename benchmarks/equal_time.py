@@ -1,9 +1,10 @@
 """Two recipes trained for the same time on one device: held-out curves over seconds, and what each reached.
 
-    python benchmarks/equal_time.py [FIRST.toml SECOND.toml] [--out FOLDER] [--steps N] [KEY=VALUE ...]
+    python benchmarks/equal_time.py [FIRST.toml SECOND.toml] [--out FOLDER] [--seconds S | --steps N] [KEY=VALUE ...]
 
-The recipes are h200-top2 and h200-gap unless others are given. The first trains for its steps. The second gets as many
-as fit into the same time: both are timed before, the second at its final budget, as it takes two experts at first.
+The recipes are h200-top2 and h200-gap unless others are given. Both are timed before, the second at its final budget,
+as it takes two experts at first. The first trains for as many steps as fit into the seconds, or for those asked for;
+the second gets as many as fit into the same time. Each run is evaluated twelve times on its way.
 Seconds are those of steps; evaluations do not count. MFU is that of the last tenth of steps, over the bf16 rate of H100
 and H200 (989 TFLOP/s).
 
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from moestro.core.events import read_events
 from moestro.train.data import open_data, prepare
@@ -35,6 +36,7 @@ PEAK_FLOP_PER_S = 989e12
 AT_BUDGET = ["model.moe.router.anneal_share=0"]
 WARM_UP, TIMED = 20, 30
 """Steps before and in a timing: the first ones compile and measure paths."""
+EVALUATIONS = 12
 
 
 def timed_step_s(recipe: Recipe, data: Path) -> float:
@@ -66,9 +68,10 @@ def steps_in(seconds: float, full_s: float, lean_s: float, anneal_share: float) 
     return max(round(seconds / mean_s), 1)
 
 
-def train(path: str, overrides: list[str]) -> dict[str, Any]:
+def train(path: str, overrides: list[str], steps: int) -> dict[str, Any]:
     """One run; its curve over seconds of steps."""
-    recipe = load_recipe(Path(path), overrides)
+    every = max(steps // EVALUATIONS, 1)
+    recipe = load_recipe(Path(path), [*overrides, f"train.steps={steps}", f"train.evaluate_every={every}"])
     begun_s = time.perf_counter()
     outcome = start(recipe)
     events = read_events(recipe_out(recipe) / "events.jsonl")
@@ -103,31 +106,38 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="two recipes, then KEY=VALUE for both")
     parser.add_argument("--out", default=os.environ.get("OUT") or "runs/equal-time")
     parser.add_argument("--steps", type=int, default=0, help="of the first; 0: as its recipe says")
+    parser.add_argument("--seconds", type=float, default=0, help="of the first, instead of steps")
     options = parser.parse_intermixed_args()
     keys = [word for word in options.words if "=" in word]
     recipes = [word for word in options.words if "=" not in word] or ["recipes/h200-top2.toml", "recipes/h200-gap.toml"]
     first, second = (str(ROOT / path) if not Path(path).exists() else path for path in recipes)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    ours = [*keys, *([f"train.steps={options.steps}"] if options.steps else [])]
+    if torch.cuda.is_available():
+        import gpu_compile
+
+        print(*gpu_compile.compile_all(["recipes"]), flush=True)
     step_s = {
         name: timed_step_s(recipe, out / "data")
-        for name, recipe in (("first", load_recipe(Path(first), ours)), ("second", budgeted(second, ours)))
+        for name, recipe in (("first", load_recipe(Path(first), keys)), ("second", budgeted(second, keys)))
     }
     print(f"a step: {step_s['first'] * 1e3:.2f} ms and, at its budget, {step_s['second'] * 1e3:.2f} ms", flush=True)
     stamp = time.strftime("%H%M%S")
-    runs = [train(first, [*ours, f"out={out / f'first-{stamp}'}"])]
-    router = load_recipe(Path(second), ours).model.moe
+    same = [*keys, f"data.tokenizer={out / 'data' / 'tokenizer.json'}"]  # learned once
+    steps = options.steps or load_recipe(Path(first), keys).train.steps
+    steps = steps_in(options.seconds, step_s["first"], step_s["first"], 0.0) if options.seconds else steps
+    runs = [train(first, [*same, f"out={out / f'first-{stamp}'}"], steps)]
+    router = load_recipe(Path(second), keys).model.moe
     share = router.router.anneal_share if router else 0.0
     steps = steps_in(runs[0]["seconds"], step_s["first"], step_s["second"], share)
-    runs.append(train(second, [*keys, f"train.steps={steps}", f"out={out / f'second-{stamp}'}"]))
+    runs.append(train(second, [*same, f"out={out / f'second-{stamp}'}"], steps))
     print(f"{'recipe':28s} {'steps':>6s} {'seconds':>8s} {'step ms':>8s} {'MFU':>6s} {'bits/byte':>9s} {'experts':>8s}")
     for run in runs:
         print(
             f"{Path(run['recipe']).name:28s} {run['steps']:6d} {run['seconds']:8.1f} {run['step_ms']:8.2f} "
             f"{run['mfu']:6.1%} {run['bits_per_byte']:9.4f} {run['experts']:8.3f}"
         )
-    facts = {"date": time.strftime("%Y-%m-%d"), **environment(pick_device(load_recipe(Path(first), ours).train.device))}
+    facts = {"date": time.strftime("%Y-%m-%d"), **environment(pick_device(load_recipe(Path(first), keys).train.device))}
     found = {"bench": "equal_time", **facts, "gpu": torch.cuda.is_available(), "step_s": step_s, "runs": runs}
     (out / "curves.json").write_text(json.dumps(found, indent=1))
     print(json.dumps(found))

@@ -133,3 +133,8 @@ def test_without_a_compiler_the_reason_is_said() -> None:
     for reason, changes in cases.items():
         command = [sys.executable, "-c", "import torch; " + ask.format(reason)]
         assert subprocess.run(command, env=os.environ | changes, check=False).returncode == 0, reason
+
+
+def test_tensors_of_a_gpu_do_not_have_the_cpu_kernels_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library", lambda: pytest.fail("built"))
+    assert not cpu.usable(torch.empty(2, device="meta"))

@@ -102,7 +102,7 @@ def _declare_experts(loaded: ctypes.CDLL) -> None:
 
 def usable(*tensors: Tensor) -> bool:
     """True where the kernels exist and take these tensors: on the CPU, contiguous, float32 or bfloat16."""
-    return library() is not None and all(t.device.type == "cpu" and t.dtype in NAMES for t in tensors)
+    return all(t.device.type == "cpu" and t.dtype in NAMES for t in tensors) and library() is not None
 
 
 def has_products(x_TD: Tensor) -> bool:
