@@ -30,6 +30,7 @@ from moestro.nn.kernels.gpu.experts import sort_tiles, triton_experts
 from moestro.train.recipe import load_recipe
 
 Job = tuple[Any, ...]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 256
 LIMIT_S = 110
 
@@ -63,10 +64,10 @@ def sizes_of_layers() -> list[tuple[int, int]]:
 
 def tensors(width: int, hidden: int, slots: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """x, shares, tiles of two experts, their weights."""
-    x_TD = torch.randn(TOKENS, width, device="cuda", dtype=torch.bfloat16)
-    expert_TK = torch.randint(2, (TOKENS, slots), device="cuda")
-    weights = [torch.randn(size, device="cuda", dtype=dtype) for size in ((2, width, 2 * hidden), (2, hidden, width))]
-    return x_TD, torch.rand(TOKENS, slots, device="cuda"), sort_tiles(expert_TK, 2, rows=128), *weights
+    x_TD = torch.randn(TOKENS, width, device=DEVICE, dtype=torch.bfloat16)
+    expert_TK = torch.randint(2, (TOKENS, slots), device=DEVICE)
+    weights = [torch.randn(size, device=DEVICE, dtype=dtype) for size in ((2, width, 2 * hidden), (2, hidden, width))]
+    return x_TD, torch.rand(TOKENS, slots, device=DEVICE), sort_tiles(expert_TK, 2, rows=128), *weights
 
 
 def do_kernel(width: int, hidden: int, kernel: Kernel) -> None:
@@ -88,7 +89,7 @@ def do_masters(width: int, hidden: int, kernel: Kernel) -> None:
 
 def do_layer(width: int, hidden: int, experts: int, slots: int, dtype: torch.dtype) -> None:
     """Sorting, combining, and the whole layer with default sizes; in 8 bits too where widths allow."""
-    sort_tiles(torch.randint(experts, (TOKENS, slots), device="cuda"), experts, rows=128)
+    sort_tiles(torch.randint(experts, (TOKENS, slots), device=DEVICE), experts, rows=128)
     x_TD, share_TK, tiles, *weights = tensors(width, hidden, slots, dtype)
     leaves = [tensor.requires_grad_() for tensor in (x_TD, share_TK, *weights)]
     for eight in (False, True) if width % 128 == hidden % 128 == 0 else (False,):
@@ -100,7 +101,7 @@ def do_layer(width: int, hidden: int, experts: int, slots: int, dtype: torch.dty
 
 def do_route(tokens: int, width: int, experts: int, rule: str, k: int) -> None:
     """The fused router, both ways."""
-    route(tokens, width, experts, rule, k, "cuda", fused=True)()
+    route(tokens, width, experts, rule, k, DEVICE, fused=True)()
 
 
 DO: dict[str, Callable[..., None]] = {
@@ -113,7 +114,7 @@ def work(wanted: list[str], part: int, parts: int) -> None:
     for job in jobs_for(wanted)[part::parts]:
         try:
             DO[job[0]](*job[1:])
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
         except Exception as error:
             print(f"{job}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
 

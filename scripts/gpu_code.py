@@ -3,6 +3,7 @@
     python scripts/gpu_code.py [--chip 90] [--all] [--shape 2048,768,128] [--json]
 
 Registers and spilled bytes are ptxas's, shared memory is what the launch asks for (a Hopper multiprocessor has 227 KB),
+`programs` is how many of them a multiprocessor has registers and shared memory for,
 `wgmma` and `tma` count Hopper's product and tile-copy instructions in the PTX, `copies_of_16` asynchronous copies of
 16 bytes. Exits with 1 where a kernel needs more shared memory than the chip has. `--all` compiles every block size that
 `nn/kernels/gpu/tune.py` would time, else the default of each kernel.
@@ -30,6 +31,9 @@ from moestro.nn.kernels.gpu import combine, fp8, products, routing, sort, weight
 from moestro.nn.kernels.gpu.blocks import CANDIDATES, EXACT, Blocks
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+"""Of one program; a multiprocessor has 1 KB more, and each program takes 1 KB beyond what it asks for."""
+REGISTERS, THREADS = 65536, 2048
+"""Of a multiprocessor; a warp gets registers by 256."""
 INTEGERS = ("count", "total", "offset", "tile", "busiest", "source", "row", "second", "histogram")
 REALS = ("share", "part", "logit", "bias", "threshold", "gap", "block", "seen", "number", "d_loss", "d_logit", "weight")
 REALS += ("d_weight",)
@@ -154,12 +158,21 @@ def examine(case: Case, chip: int, dtype: str) -> dict[str, Any]:
     shown = f"{blocks.columns}x{blocks.inner} w{blocks.warps} s{blocks.stages}" if blocks and blocks.columns else ""
     return {
         "kernel": name, "chip": chip, "dtype": dtype, "blocks": shown, "registers": registers, "spilled": spilled,
-        "shared": built.metadata.shared, "wgmma": built.asm["ptx"].count("wgmma.mma_async"),
+        "shared": built.metadata.shared, "programs": programs(registers, built.metadata, chip),
+        "wgmma": built.asm["ptx"].count("wgmma.mma_async"),
         "mma": len(re.findall(r"\bmma\.sync", built.asm["ptx"])),
         "tma": built.asm["ptx"].count("cp.async.bulk.tensor"), "copies_of_16": built.asm["ptx"].count(", 0x10"),
         "fits": built.metadata.shared <= SHARED_BYTES[chip],
         "s": round(time.perf_counter() - begun_s, 2),
     }  # fmt: skip
+
+
+def programs(registers: int, metadata: Any, chip: int) -> int:
+    """How many run on a multiprocessor at a time."""
+    warp_registers = -(-32 * registers // 256) * 256
+    by_registers = REGISTERS // (warp_registers * metadata.num_warps)
+    by_shared = (SHARED_BYTES[chip] + 1024) // (metadata.shared + 1024)
+    return min(by_registers, by_shared, THREADS // 32 // metadata.num_warps)
 
 
 def resources(ptx: str, chip: int) -> tuple[int, int]:
