@@ -4,7 +4,7 @@
 # make bench   speed and memory tables               make bench-routing   compare routing rules (hours)
 # make bench-package   speed and size of packages and updates, five million hostile mutants (hours; 12 GB of disk)
 # make gpu-code   compile the GPU kernels for sm_90 and sm_80, without a GPU (half a minute)
-# make bench-gpu   the sparse layer on a GPU beside other ways (8 minutes)   make h200-curves   gap against top-2, equal time
+# make bench-gpu   the sparse layer on a GPU beside other ways (5 minutes)   make h200-curves   gap against top-2, equal time
 # make bench-plan   the planner against published training runs (minutes)
 
 PYTHON ?= python3

@@ -121,7 +121,7 @@ def work(wanted: list[str], part: int, parts: int) -> None:
 
 def compile_all(wanted: list[str]) -> tuple[float, list[str]]:
     """All jobs in processes of their own; seconds, and what went wrong."""
-    begun_s, parts = time.monotonic(), min(os.cpu_count() or 1, 16)
+    begun_s, parts = time.monotonic(), min(os.cpu_count() or 1, 12)
     command = [sys.executable, __file__, *wanted]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}

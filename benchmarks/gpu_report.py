@@ -48,14 +48,15 @@ class Report:
         aside.write_text(json.dumps(self.found, indent=1))
         aside.replace(self.folder / "result.json")
 
-    def attempt(self, what: str, call: Callable[[], Any], limit_s: float = 90) -> Any:
-        """The result, or None; says why."""
-        if what in self.found["lost"]:
+    def attempt(self, what: str, call: Callable[[], Any], limit_s: float = 90, part_of: str = "") -> Any:
+        """The result, or None; says why. `part_of`: what is not tried again where this loses the device."""
+        whole = part_of or what
+        if whole in self.found["lost"]:
             return None
         if time.monotonic() > self.end_s:
             self.found["left_out"].append(what)
             return None
-        watch = threading.Timer(limit_s, self.lose, [what, f"no answer in {limit_s:.0f} s"])
+        watch = threading.Timer(limit_s, self.lose, [whole, f"no answer in {limit_s:.0f} s"])
         watch.daemon = True
         watch.start()
         try:
@@ -67,7 +68,7 @@ class Report:
                 file.write(f"{what}\n{traceback.format_exc()}\n")
             self.say(f"  {what}: failed, {type(error).__name__}: {said[:140]}")
             if not answers():
-                self.lose(what, said)
+                self.lose(whole, said)
             return None
         finally:
             watch.cancel()

@@ -196,13 +196,14 @@ def time_dense(shape: Shape, report: Report, rounds: int) -> None:
 
 def time_contestant(name: str, peer: Peer, shape: Shape, loads: list[str], rounds: int, report: Report) -> None:
     """Memory, then every load; after a failure no more."""
+    whole = f"{name} {shape.name}"
     for load in loads:
-        what, balanced = f"{name} {shape.name} {load}", load == "balanced"
-        row: Row = {"shape": shape.name, "load": load, "way": name}
-        row["memory_mib"] = report.attempt(f"{what} memory", lambda: memory_mib(peer, shape)) if balanced else None
+        row: Row = {"shape": shape.name, "load": load, "way": name, "memory_mib": None}
+        if load == "balanced":
+            row["memory_mib"] = report.attempt(f"{whole} memory", lambda: memory_mib(peer, shape), part_of=whole)
         for backward, key in enumerate(("forward_ms", "forward_backward_ms")):
             calls = lambda: passes(peer, shape, load, rounds, bool(backward))  # noqa: E731
-            row[key] = report.attempt(what, lambda: milliseconds(calls()))
+            row[key] = report.attempt(f"{whole} {load}", lambda: milliseconds(calls()), part_of=whole)
         finish(row, shape, report)
         if row["forward_backward_ms"] is None:
             return

@@ -32,7 +32,7 @@ kernels)
         -k 'not 512 and not compiled and not operators' | tail -60 | tee "$out/tests.txt"
     rm -f "$out"/{result.json,table.txt,problems.txt,log.txt}
     end=$(($(date +%s) + ${BENCH_SECONDS:-300}))
-    for _ in 1 2 3; do # a device that was lost is asked again, without what lost it
+    for _ in 1 2 3 4 5; do # a device that was lost is asked again, without what lost it
         left=$((end - $(date +%s)))
         [ "$left" -gt 15 ] || break
         timeout $((left + 20)) python3 benchmarks/moe_layer_gpu.py --out "$out" --seconds "$left" --resume >> "$out/log.txt" 2>&1

@@ -210,7 +210,8 @@ def test_block_sizes_that_do_not_fit_are_passed_over(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tune, "trials", lambda *_: {"down": lambda _: None})
     monkeypatch.setattr(tune, "CHOSEN", {})
     x, down = torch.zeros(1, D), torch.zeros(3, WIDE, D)
-    found = tune.tune(x, x, sort_tiles(torch.zeros(1, 1, dtype=torch.int64), 3), x, down, clock)
+    tiles = sort_tiles(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), 3)
+    found = tune.tune(x, x, tiles, x, down, clock)
     assert found == {"down": [math.inf, 1.0, *[math.inf] * (len(tune.CANDIDATES["down"]) - 2)]}
     assert list(tune.CHOSEN.values()) == [tune.CANDIDATES["down"][1]]
 

@@ -39,7 +39,7 @@ def test_a_lost_device_is_met_once(gpu_report: Any, tmp_path: Path, monkeypatch:
     report.keep("rows", [{"shape": "s", "load": "l", "way": "w"}])
     monkeypatch.setattr(gpu_report, "answers", lambda: False)
     with pytest.raises(LeftError, match=str(gpu_report.LOST)):
-        report.attempt("a", fails)
+        report.attempt("a backward", fails, part_of="a")
     again = gpu_report.Report(tmp_path, seconds=60, resume=True)
     assert again.attempt("a", lambda: pytest.fail("tried again")) is None
     assert again.attempt("b", lambda: 3) == 3
