@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import statistics
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from moestro.core.files import write_text
 from moestro.core.native import cache_folder
 from moestro.nn.experts import TILED, Experts, takes_grouped
 from moestro.nn.kernels import gpu
+from moestro.nn.kernels.gpu.blocks import CANDIDATES
 from moestro.nn.permute import sort_by_expert
 
 GpuPath = Literal["triton", "fp8", "grouped", "loop"]
@@ -89,10 +91,10 @@ def measured_path(x_TD: Tensor, slots: int, experts: Experts, fp8: bool = False)
 
 
 def key_of(x_TD: Tensor, slots: int, experts: Experts) -> str:
-    """What a measurement holds for; tokens are rounded up to a power of two."""
+    """What a measurement holds for; tokens are rounded up to a power of two. Block sizes are kept by their place."""
     tokens = 1 << max(len(x_TD) - 1, 0).bit_length()
     device = torch.cuda.get_device_name(x_TD.device) if x_TD.device.type == "cuda" else str(x_TD.device)
-    versions = f"torch {torch.__version__}"
+    versions = f"torch {torch.__version__}, block sizes {zlib.crc32(repr(CANDIDATES).encode()):08x}"
     shape = f"{tokens} tokens, {experts.width} x {experts.hidden}, {experts.num_experts} experts, {slots} slots"
     return f"{device}; {versions}; {str(x_TD.dtype).removeprefix('torch.')}; {shape}"
 

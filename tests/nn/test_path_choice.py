@@ -49,6 +49,12 @@ def test_the_fastest_is_taken_and_measured_once(experts: Experts, monkeypatch: p
     assert len(asked) == 2
 
 
+def test_other_block_sizes_are_another_measurement(experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path_choice.key_of(X_TD, 2, experts)
+    monkeypatch.setitem(path_choice.CANDIDATES, "down", path_choice.CANDIDATES["down"][1:])
+    assert path_choice.key_of(X_TD, 2, experts) != before
+
+
 def test_few_tokens_are_not_measured(experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_choice, "FEW", 9)
     assert measured_path(X_TD, 2, experts) == "triton"
