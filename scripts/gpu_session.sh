@@ -23,7 +23,7 @@ fi
 test_on_gpu() { # seconds, arguments of pytest
     local together=()
     python3 -c 'import xdist' 2> /dev/null && together=(-n 8)
-    timeout "$1" python3 -m pytest -q -W default -p no:cacheprovider -p no:benchmark "${together[@]}" "${@:2}" 2>&1
+    timeout -k 5 "$1" python3 -m pytest -q -W default -p no:cacheprovider -p no:benchmark "${together[@]}" "${@:2}" 2>&1
 }
 
 case $stage in
@@ -35,19 +35,19 @@ kernels)
     for _ in 1 2 3 4 5; do # a device that was lost is asked again, without what lost it
         left=$((end - $(date +%s)))
         [ "$left" -gt 15 ] || break
-        timeout $((left + 20)) python3 benchmarks/moe_layer_gpu.py --out "$out" --seconds "$left" --resume >> "$out/log.txt" 2>&1
+        timeout -k 5 $((left + 20)) python3 benchmarks/moe_layer_gpu.py --out "$out" --seconds "$left" --resume >> "$out/log.txt" 2>&1
         [ $? -eq 75 ] || break
     done
     tail -90 "$out/table.txt"
     [ -s "$out/table.txt" ] || tail -40 "$out/log.txt"
     left=$((end - $(date +%s)))
     if [ "$left" -gt 20 ] && command -v compute-sanitizer > /dev/null; then
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$left" compute-sanitizer --tool memcheck python3 -m pytest -q \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$left" compute-sanitizer --tool memcheck python3 -m pytest -q \
             -W default -p no:cacheprovider tests/nn/test_gpu_kernels.py -k 'lone and loop' 2>&1 | tail -8 | tee "$out/memcheck.txt"
     fi
     ;;
 curves)
-    timeout 280 python3 benchmarks/equal_time.py --seconds "${TRAIN_SECONDS:-70}" --out "$out" > "$out/log.txt" 2>&1
+    timeout -k 5 280 python3 benchmarks/equal_time.py --seconds "${TRAIN_SECONDS:-70}" --out "$out" > "$out/log.txt" 2>&1
     tail -12 "$out/log.txt"
     rm -rf "$out"/data "$out"/*/checkpoints "$out"/*/data "$out"/*/loads.trace
     ;;
