@@ -27,6 +27,9 @@ from moestro.package.sink import file_leaves
 from moestro.package.spans import Progress, ignore
 from moestro.package.weights import Weights
 
+FORGET_BYTES = 8 << 20
+"""How much is read from mapped files before their pages are given back."""
+
 
 @dataclass(slots=True)
 class Findings:
@@ -89,7 +92,8 @@ class Package:
     def read(self, path: str, limit_bytes: int) -> bytes:
         """A file below the folder, unverified."""
         with os.fdopen(open_below(self.handle, path), "rb") as file:
-            data = file.read(limit_bytes + 1)
+            room = min(os.fstat(file.fileno()).st_size, limit_bytes)  # `read` takes memory for all that is asked for
+            data = file.read(room + 1)
         if len(data) > limit_bytes:
             raise FormatError(f"{path} has more than {limit_bytes} bytes")
         return data
@@ -184,6 +188,27 @@ class Package:
         wanted = update.update.base if update.update else None
         fitting = [model for model in self.manifest.models if model.weights_root == wanted]
         return fitting[0] if fitting else self.model(None if len(self.manifest.models) == 1 else update.model_id)
+
+    def sparing(self, progress: Progress) -> Progress:
+        """A progress that also gives mapped pages back, here and in the base, so that streaming takes no more memory
+        for a larger package."""
+        read = 0
+
+        def watched(count: int) -> None:
+            nonlocal read
+            read += count
+            if read >= FORGET_BYTES:
+                read = 0
+                self._forget()
+            progress(count)
+
+        return watched
+
+    def _forget(self) -> None:
+        for file in self._files.values():
+            file.forget()
+        if self.base is not None:
+            self.base._forget()
 
     def is_encrypted(self, model_id: str | None = None) -> bool:
         """True where the model's data is encrypted, whether or not a key fits."""

@@ -24,7 +24,7 @@ from moestro.package.folder import Package, open_stack
 from moestro.package.manifest import Manifest
 from moestro.package.pack import Options, tensor_source
 from moestro.package.sign import Trust
-from moestro.package.spans import Progress, Span, Watched, as_bytes, ignore
+from moestro.package.spans import Progress, Watched, as_bytes, ignore
 from moestro.package.weights import Weights
 from moestro.package.writer import ModelSource, SegmentSource, TensorSource
 
@@ -62,6 +62,8 @@ def merge(
         raise ConfigError(f"leave_out is {list(options.leave_out)}; merge keeps every file of the base: give none")
     with open_stack(base, keys=keys) as below, ExitStack() as stack:
         packages = [stack.enter_context(Package.open(folder, trust, keys, below)) for folder in updates]
+        for package in packages:
+            progress = package.sparing(progress)
         named = [_by_base(package, below) for package in packages]
         contents = []
         for model in below.manifest.models:
@@ -154,34 +156,28 @@ class Mixture:
         self.sources = [weights for weights, _ in parts]
         self.shares = [share for _, share in parts]
         self.entry = self.sources[0].entries[name]
-        self._spans: list[Span] = []
-        """Open from the first read to that of the end, since decoders hold a block each."""
         self._verified = False
+        self._spans = [weights.span(name) for weights in self._read_from()]
 
     @property
     def length(self) -> int:
         return self.entry.num_bytes
 
     def read(self, start: int, count: int) -> memoryview:
-        if not self._spans:
-            self._open()
-        spans, item = self._spans, self.entry.dtype.item_bytes
-        if start + count == self.length:
-            self._spans = []
+        if not self._verified:
+            for weights in self._read_from():
+                weights.check(self.name)
+            self._verified = True
         if self.base is None:
-            return spans[0].read(start, count)
+            return self._spans[0].read(start, count)
+        item = self.entry.dtype.item_bytes
         first = start // item * item
         wide = -(-(start + count) // item) * item - first
-        base, *results = (span.read(first, wide) for span in spans)
+        base, *results = (span.read(first, wide) for span in self._spans)
         return mixed(base, results, self.shares, self.entry.dtype)[start - first : start - first + count]
 
-    def _open(self) -> None:
-        sources = self.sources if self.base is None else [self.base, *self.sources]
-        if not self._verified:
-            for weights in sources:
-                weights.check(self.name)
-        self._verified = True
-        self._spans = [weights.span(self.name) for weights in sources]
+    def _read_from(self) -> list[Weights]:
+        return self.sources if self.base is None else [self.base, *self.sources]
 
 
 def mixed(base: memoryview, results: Sequence[memoryview], shares: Sequence[float], dtype: DataType) -> memoryview:

@@ -144,7 +144,7 @@ def unpack(
         with folder_aside(out) as aside:
             if secret:
                 aside.chmod(0o700)
-            return write_source(aside, weights, segments, 0o600 if secret else 0o644, progress)
+            return write_source(aside, weights, segments, 0o600 if secret else 0o644, package.sparing(progress))
 
 
 def sign_package(folder: Path, key: Path) -> list[str]:

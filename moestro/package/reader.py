@@ -158,6 +158,11 @@ class ModelFile:
                     raise FormatError(f"bytes before {entry.name!r} are not zero", model.start + end, self.name)
                 end = max(end, entry.offset + entry.length)
 
+    def forget(self) -> None:
+        """Give mapped pages back; who reads them again gets them from the page cache, or from the disk."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Give the handle back; spans that are still used keep the mapping alive."""
         self.models = []

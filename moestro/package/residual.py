@@ -336,7 +336,7 @@ def apply(
     with open_stack([*base, update], trust, keys) as package:
         if not any(model.update for model in package.manifest.models):
             raise FormatError(f"{update} is a full package, no update; install it as it is")
-        contents = [_result(package, model, progress) for model in package.manifest.models]
+        contents = [_result(package, model, package.sparing(progress)) for model in package.manifest.models]
         program = update / "Program"
         listed = {entry.path for entry in package.manifest.files}
         carried = package.content(RESULT_SIGNATURE, MAX_ENVELOPE_BYTES) if RESULT_SIGNATURE in listed else None

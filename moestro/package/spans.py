@@ -2,6 +2,7 @@
 
 Bytes(view)     in memory                    Mapped(map, start, length)  in a mapped file
 Decoded(blocks, length)     one block decoded at a time
+OnDemand(open, length)      a span that is there only while it is being read
 Part(span)      a range of another span      Watched(span, progress)     tells how much was read
 """
 
@@ -106,7 +107,10 @@ class Part:
 
 
 class Decoded:
-    """A span over a decoder; keeps the last block."""
+    """A span over a decoder; keeps a block until its last byte has been read, so that one who reads on holds none.
+
+    Spans over a chain of updates lie in one another: each may hold a block only while it is in the middle of it.
+    """
 
     def __init__(self, blocks: Blocks, length: int) -> None:
         self.blocks, self._length = blocks, length
@@ -116,26 +120,54 @@ class Decoded:
     def length(self) -> int:
         return self._length
 
-    def _decoded(self, index: int) -> memoryview:
+    def _piece(self, index: int, skip: int, count: int) -> memoryview:
+        """At most `count` bytes of one block."""
         if index != self._index:
-            self._index, self._block = index, self.blocks.block(index)
-        return self._block
+            self._keep(-1, memoryview(b""))  # before the next one is decoded
+            self._keep(index, self.blocks.block(index))
+        piece = self._block[skip : skip + count]
+        if skip + len(piece) == len(self._block):
+            self._keep(-1, memoryview(b""))
+        return piece
+
+    def _keep(self, index: int, block: memoryview) -> None:
+        self._index, self._block = index, block
 
     def read(self, start: int, count: int) -> memoryview:
         size = self.blocks.block_bytes
         first, last = start // size, (start + max(count, 1) - 1) // size
+        piece = self._piece(first, start - first * size, count) if count else memoryview(b"")
         if first == last:
-            return (
-                self._decoded(first)[start - first * size : start - first * size + count] if count else memoryview(b"")
-            )
-        out = bytearray(count)
-        done = 0
-        for index in range(first, last + 1):
-            skip = max(start - index * size, 0)
-            piece = self._decoded(index)[skip : skip + count - done]
+            return piece
+        out = bytearray(count)  # only now: what lies below has let go of its own by then
+        out[: len(piece)] = piece
+        done = len(piece)
+        for index in range(first + 1, last + 1):
+            piece = self._piece(index, 0, count - done)
             out[done : done + len(piece)] = piece
             done += len(piece)
         return memoryview(out)
+
+
+class OnDemand:
+    """A span that is opened when it is first read and given up with its last byte.
+
+    Many may be planned and few are open at a time, however much each of them holds meanwhile.
+    """
+
+    def __init__(self, opened: Callable[[], Span], length: int) -> None:
+        self._opened, self._length = opened, length
+        self._span: Span | None = None
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def read(self, start: int, count: int) -> memoryview:
+        span = self._span = self._span or self._opened()
+        if start + count == self._length:
+            self._span = None
+        return span.read(start, count)
 
 
 def pieces(span: Span, size: int) -> Iterator[memoryview]:

@@ -16,7 +16,7 @@ from moestro.package.descriptor import LOSSLESS, Descriptor, TensorEntry, tensor
 from moestro.package.hashing import leaf_hashes, root_of, tree_root
 from moestro.package.limits import PIECE_BYTES
 from moestro.package.reader import StoredModel
-from moestro.package.spans import Span, pieces
+from moestro.package.spans import OnDemand, Span, pieces
 from moestro.package.writer import BATCH_BYTES, span_root
 
 NUMPY_TYPES = {"bool": "?", "float16": "<f2", "float32": "<f4", "float64": "<f8", "complex64": "<c8"}
@@ -84,13 +84,15 @@ class Weights:
         return name not in self._places
 
     def span(self, name: str) -> Span:
-        """Decoded bytes on demand, not verified."""
+        """Decoded bytes on demand, not verified; a decoder is there from the first read to that of the last byte."""
         entry = self.entries[name]
         model = self._places.get(name)
         if model is None:
             assert self.base is not None
             return self.base.span(name)
-        return decoded(entry, model.stored(entry), self._base_span(entry))
+        if entry.codec == "raw":
+            return model.stored(entry)
+        return OnDemand(lambda: decoded(entry, model.stored(entry), self._base_span(entry)), entry.num_bytes)
 
     def _base_span(self, entry: TensorEntry) -> Span | None:
         source = str(entry.cp.get("from", entry.name)) if entry.codec == "copy" else entry.name

@@ -129,8 +129,9 @@ class BlockReader:
         return min(BLOCK_BYTES, self.size - index * BLOCK_BYTES)
 
     def block(self, index: int) -> memoryview:
-        """One decoded block."""
+        """One decoded block; that of the base first, as long as nothing is held for this one."""
         at, count = self.starts[index], self._decoded_bytes(index)
+        base = self.base.read(index * BLOCK_BYTES, count) if self.base is not None else None
         elements = count // self.width
         planes = []
         place = at + 4 + 4 * self.width
@@ -143,7 +144,6 @@ class BlockReader:
             else:
                 planes.append(memoryview(decompress(payload, elements, f"tensor {self.tensor.name}")))
             place += length
-        base = self.base.read(index * BLOCK_BYTES, count) if self.base is not None else None
         if self.mode is Mode.PLAIN and self.width == 1:
             return planes[0]
         return join(planes, base, self.width, self.mode)

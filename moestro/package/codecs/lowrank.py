@@ -102,10 +102,28 @@ class LowRankReader(LongBlocks):
         if p_bytes + q_bytes > stored.length:
             raise FormatError(f"factors of rank {rank} run past the end", where=f"tensor {tensor.name}")
         super().__init__(tensor, stored, base, p_bytes + q_bytes)
-        p = np.frombuffer(stored.read(0, p_bytes), item).astype(np.float32)
-        q = np.frombuffer(stored.read(p_bytes, q_bytes), item).astype(np.float32)
-        self.factors = Factors(p.reshape(batch, rows, rank), q.reshape(batch, rank, columns), kind)
+        self.rank, self.kind, self.q_start = rank, kind, p_bytes
 
     def decode(self, base: memoryview, stored: memoryview, start: int) -> memoryview:
-        """One block."""
-        return unpack_block(predict(self.factors, base, start, self.tensor), stored, self.tensor.dtype, self.where)
+        """One block; of the factors, which may be larger than memory, only what it needs is read."""
+        factors, start = self._factors(start, len(base))
+        return unpack_block(predict(factors, base, start, self.tensor), stored, self.tensor.dtype, self.where)
+
+    def _factors(self, start: int, count: int) -> tuple[Factors, int]:
+        """Of the matrices that these bytes touch, of a single one only their rows; and where the bytes begin there."""
+        _, rows, columns = matrices(self.tensor.shape)
+        width, rank = self.tensor.dtype.item_bytes, self.rank
+        first_row, end_row = start // width // columns, (start + count - 1) // width // columns + 1
+        low, high = first_row // rows, (end_row - 1) // rows + 1
+        if high - low > 1:
+            first_row, end_row = low * rows, high * rows
+        p = self._floats(0, first_row * rank, end_row * rank)
+        q = self._floats(self.q_start, low * rank * columns, high * rank * columns)
+        factors = Factors(p.reshape(high - low, -1, rank), q.reshape(high - low, rank, columns), self.kind)
+        return factors, start - first_row * columns * width
+
+    def _floats(self, at: int, first: int, end: int) -> np.ndarray:
+        """Numbers of a factor that begins at byte `at`."""
+        item = np.dtype(FACTOR_TYPES[self.kind])
+        stored = self.stored.read(at + first * item.itemsize, (end - first) * item.itemsize)
+        return np.frombuffer(stored, item).astype(np.float32)

@@ -87,9 +87,6 @@ class QuantisedReader(LongBlocks):
         if head > stored.length:
             raise FormatError("scales run past the end", where=f"tensor {tensor.name}")
         super().__init__(tensor, stored, base, head)
-        self.scales = np.frombuffer(stored.read(0, head), "<f4").astype(np.float32)
-        if not np.isfinite(self.scales).all():
-            raise FormatError("a scale is not a finite number", where=self.where)
 
     def decode(self, base: memoryview, stored: memoryview, start: int) -> memoryview:
         """One block."""
@@ -98,5 +95,13 @@ class QuantisedReader(LongBlocks):
         most = max(1, (1 << (self.bits - 1)) - 1)
         if len(rest) or (np.abs(codes) > most).any():
             raise FormatError(f"codes of {self.bits} bits are out of range", where=self.where)
-        first = start // self.tensor.dtype.item_bytes
-        return add_scaled(base, codes.astype(np.int8), self.scales, self.group, first, self.tensor.dtype)
+        scales, first = self._scales(start // self.tensor.dtype.item_bytes, len(codes))
+        return add_scaled(base, codes.astype(np.int8), scales, self.group, first, self.tensor.dtype)
+
+    def _scales(self, first: int, count: int) -> tuple[np.ndarray, int]:
+        """Of some elements alone, and how many elements lie before `first` under the first of them."""
+        low, high = first // self.group, (first + count - 1) // self.group + 1
+        scales = np.frombuffer(self.stored.read(4 * low, 4 * (high - low)), "<f4").astype(np.float32)
+        if not np.isfinite(scales).all():
+            raise FormatError("a scale is not a finite number", where=self.where)
+        return scales, first - low * self.group
