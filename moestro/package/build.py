@@ -7,7 +7,6 @@ here reads a clock, a host name or the order of a directory.
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +20,14 @@ from moestro.package.describe import check_management, check_technical, dumps
 from moestro.package.descriptor import Shard, weights_root
 from moestro.package.encrypt import Sealer
 from moestro.package.fields import DATE
+from moestro.package.folder import Package
 from moestro.package.hashing import SIZE, check_hash, digest, tree_root
 from moestro.package.layout import SUFFIX
 from moestro.package.limits import CHUNK_BYTES, MAX_JSON_INT
 from moestro.package.manifest import CHUNKS, MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update, sorted_files
-from moestro.package.paths import check_model_id, list_below
+from moestro.package.paths import check_model_id, list_below, open_below, open_folder
 from moestro.package.resume import folder_resumed
-from moestro.package.sink import file_leaves
+from moestro.package.sink import Sink, file_leaves
 from moestro.package.writer import ModelSource, SealedSource, TensorSource, WrittenFile, write_model_file
 
 EPOCH = "1970-01-01T00:00:00Z"
@@ -79,7 +79,7 @@ def build(
     out: Path,
     contents: Sequence[Content],
     release: Release,
-    program: Path | None = None,
+    program: Path | Package | None = None,
     seal: Callable[[str], Sealer] | None = None,
     envelope: Callable[[bytes], bytes | None] | None = None,
     extra: Mapping[str, bytes] | None = None,
@@ -88,7 +88,8 @@ def build(
     """Write a package folder.
 
     out      must not exist
-    program  a folder that becomes Program/; copied, never run
+    program  a folder that becomes Program/, or a package whose own is taken over, compared with its digests on the way;
+             copied, never run
     seal     makes the encryption of a model by its id
     envelope gives manifest.sig for the bytes of manifest.json, or None
     extra    further files by path
@@ -137,21 +138,43 @@ class _Builder:
         root = _model_root(shards[0].hash, written) if is_clear else None
         return ModelEntry(model_id, root, tuple(paths), content.update)
 
-    def add_program(self, program: Path) -> None:
-        for path in list_below(program):
-            target = self.root / "Program" / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(program / path, target)
-            target.chmod(0o644)
-            self._add_existing(f"Program/{path}")
-
-    def _add_existing(self, path: str) -> None:
-        handle = os.open(self.root / path, os.O_RDONLY | os.O_CLOEXEC)
+    def add_program(self, program: Path | Package) -> None:
+        if isinstance(program, Package):
+            for entry in program.manifest.files:
+                if entry.path.startswith("Program/"):
+                    self._take_over(program, entry)
+            return
+        folder = open_folder(program)
         try:
-            size = os.fstat(handle).st_size
-            self._add_large(path, WrittenFile(size, file_leaves(handle, self.release.hash, CHUNK_BYTES), []))
+            for path in list_below(program):
+                self._copy(open_below(folder, path), f"Program/{path}")
         finally:
-            os.close(handle)
+            os.close(folder)
+
+    def _take_over(self, package: Package, entry: FileEntry) -> None:
+        """Copy a file of another package and compare what was copied with its digest there."""
+        file = self._copy(open_below(package.handle, entry.path), entry.path)
+        theirs, leaves = package.manifest, file.leaves
+        if (theirs.hash, theirs.chunk_size) != (self.release.hash, CHUNK_BYTES):
+            with (self.root / entry.path).open("rb") as copy:
+                leaves = file_leaves(copy.fileno(), theirs.hash, theirs.chunk_size)
+        package.check_leaves(entry, file.size, leaves)
+
+    def _copy(self, source: int, path: str) -> WrittenFile:
+        """Takes over the handle."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(source, "rb", buffering=0) as file, target.open("xb") as out:
+            os.fchmod(out.fileno(), 0o644)
+            sink, buffer = (
+                Sink(out.fileno(), target, self.release.hash, CHUNK_BYTES),
+                memoryview(bytearray(CHUNK_BYTES)),
+            )
+            while count := file.readinto(buffer):
+                sink.write(buffer[:count])
+            written = WrittenFile(sink.length, sink.finish(), [])
+        self._add_large(path, written)
+        return written
 
     def _add_large(self, path: str, file: WrittenFile) -> None:
         """With its chunk digests, where it has more than one chunk."""

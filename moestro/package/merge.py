@@ -70,9 +70,7 @@ def merge(
             results = [package.weights(ids[model.model_id]) for package, ids in zip(packages, named, strict=True)]
             parts = list(zip(results, shares, strict=True))
             contents.append(_content(below, model.model_id, parts, options, progress))
-        program = options.program or below.folder / "Program"
-        has_program = program if program.is_dir() and any(program.iterdir()) else None
-        return build(out, contents, options.release, has_program, options.seal())
+        return build(out, contents, options.release, options.program or below, options.seal())
 
 
 def _checked(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -86,9 +86,9 @@ def _rebuilt(package: Package, out: Path, seal: Callable[[str], Sealer] | None, 
 
 def _built(package: Package, out: Path, contents: Sequence[Content], seal: Callable[[str], Sealer] | None) -> Manifest:
     """With what lies beside the models."""
-    program, listed = package.folder / "Program", {entry.path for entry in package.manifest.files}
+    listed = {entry.path for entry in package.manifest.files}
     extra = {path: package.content(path, MAX_ENVELOPE_BYTES) for path in listed & {RESULT_SIGNATURE}}
-    return build(out, contents, release_of(package.manifest), program if program.is_dir() else None, seal, extra=extra)
+    return build(out, contents, release_of(package.manifest), package, seal, extra=extra)
 
 
 def release_of(manifest: Manifest) -> Release:

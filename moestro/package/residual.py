@@ -119,7 +119,7 @@ def diff(
             contents = [maker.content(model) for model in new.manifest.models]
             if not any(content.update for content in contents):
                 raise FormatError(f"{base[-1]} and {target} share no model; ship the full package")
-            report = maker.written(out, contents, target / "Program", to)
+            report = maker.written(out, contents, to)
             excess = 0.0 if wanted is None else report.bits_a_weight - wanted
             if excess <= 0 or not tries_left or maker.lossy == tried:
                 break
@@ -139,13 +139,12 @@ class _Maker:
         self.lossy: Lossy | None = None
         self.report = Report()
 
-    def written(self, out: Path, contents: list[Content], program: Path, to: Sequence[Recipient]) -> Report:
+    def written(self, out: Path, contents: list[Content], to: Sequence[Recipient]) -> Report:
         """Build the package; much is coded only now."""
         seal = partial(Sealer, list(to)) if to else None
         signature = self.new.envelope() if self.bits is None else None
         extra = {} if signature is None else {RESULT_SIGNATURE: signature}
-        has_program = program if any(program.iterdir()) else None
-        self.report.manifest = build(out, contents, release_of(self.new.manifest), has_program, seal, extra=extra)
+        self.report.manifest = build(out, contents, release_of(self.new.manifest), self.new, seal, extra=extra)
         self.report.full_bytes = self.new.manifest.size
         programs = (entry.size for entry in self.report.manifest.files if entry.path.startswith("Program/"))
         self.report.carried += sum(programs)
@@ -337,7 +336,6 @@ def apply(
         if not any(model.update for model in package.manifest.models):
             raise FormatError(f"{update} is a full package, no update; install it as it is")
         contents = [_result(package, model, package.sparing(progress)) for model in package.manifest.models]
-        program = update / "Program"
         listed = {entry.path for entry in package.manifest.files}
         carried = package.content(RESULT_SIGNATURE, MAX_ENVELOPE_BYTES) if RESULT_SIGNATURE in listed else None
 
@@ -345,8 +343,7 @@ def apply(
             return carried if carried is not None and _fits(carried, manifest) else None
 
         seal = partial(Sealer, list(to)) if to else None
-        release, has_program = release_of(package.manifest), program if any(program.iterdir()) else None
-        return build(out, contents, release, has_program, seal, envelope, resume=True)
+        return build(out, contents, release_of(package.manifest), package, seal, envelope, resume=True)
 
 
 def _fits(envelope: bytes, manifest: bytes) -> bool:
