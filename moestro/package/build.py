@@ -18,7 +18,7 @@ from moestro.core.files import folder_aside
 from moestro.package import canonical
 from moestro.package.describe import check_management, check_technical, dumps
 from moestro.package.descriptor import Shard, weights_root
-from moestro.package.encrypt import Sealer
+from moestro.package.encrypt import Keys, Sealer
 from moestro.package.fields import DATE
 from moestro.package.folder import Package
 from moestro.package.hashing import SIZE, check_hash, digest, tree_root
@@ -26,7 +26,7 @@ from moestro.package.layout import SUFFIX
 from moestro.package.limits import CHUNK_BYTES, MAX_JSON_INT
 from moestro.package.manifest import CHUNKS, MANIFEST, SIGNATURE, FileEntry, Manifest, ModelEntry, Update, sorted_files
 from moestro.package.paths import check_model_id, list_below, open_below, open_folder
-from moestro.package.resume import folder_resumed
+from moestro.package.resume import folder_resumed, former_of
 from moestro.package.sink import Sink, file_leaves
 from moestro.package.writer import ModelSource, SealedSource, TensorSource, WrittenFile, write_model_file
 
@@ -83,7 +83,7 @@ def build(
     seal: Callable[[str], Sealer] | None = None,
     envelope: Callable[[bytes], bytes | None] | None = None,
     extra: Mapping[str, bytes] | None = None,
-    resume: bool = False,
+    resume: Keys | None = None,
 ) -> Manifest:
     """Write a package folder.
 
@@ -93,15 +93,17 @@ def build(
     seal     makes the encryption of a model by its id
     envelope gives manifest.sig for the bytes of manifest.json, or None
     extra    further files by path
-    resume   go on with what a killed process left of the model files, as far as digests hold; one process at a time
+    resume   go on with what a killed process left of the model files, as far as digests hold, and these keys where it
+             is encrypted; one process at a time
     """
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists already; packages are never overwritten: choose another name")
-    keep = [path for content in contents for path in _model_paths(content)] if seal is None else []
-    with folder_resumed(out, keep) if resume else folder_aside(out) as aside:
+    keep = [path for content in contents for path in _model_paths(content)]
+    keep += [str(former_of(Path(path))) for path in keep] if seal is not None else []
+    with folder_aside(out) if resume is None else folder_resumed(out, keep) as aside:
         builder = _Builder(aside, release, resume)
         for folder in ("Model", "Program", "Meta-info"):  # R-8.2.1-1
-            (aside / folder).mkdir(exist_ok=resume)
+            (aside / folder).mkdir(exist_ok=resume is not None)
         models = [builder.add_model(content, seal) for content in contents]
         if program is not None:
             builder.add_program(program)
@@ -113,14 +115,14 @@ def build(
 class _Builder:
     """A package folder that grows."""
 
-    def __init__(self, root: Path, release: Release, resume: bool) -> None:
+    def __init__(self, root: Path, release: Release, resume: Keys | None) -> None:
         self.root, self.release, self.resume = root, release, resume
         self.files: list[FileEntry] = []
 
     def add_model(self, content: Content, seal: Callable[[str], Sealer] | None) -> ModelEntry:
         shards = content.shards
         model_id = shards[0].model_id
-        (self.root / "Model" / model_id).mkdir(exist_ok=self.resume)
+        (self.root / "Model" / model_id).mkdir(exist_ok=self.resume is not None)
         paths = _model_paths(content)
         written = [
             write_model_file(self.root / path, [shard], seal, resume=self.resume)

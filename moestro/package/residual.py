@@ -329,7 +329,7 @@ def apply(
 
     base   the full package, and further updates in order, if the last one is not based on the first
     trust  whose signatures on the update count
-    to     encrypt the result for these; such a result is begun anew after a kill
+    to     encrypt the result for these; after a kill it is gone on with where one of `keys` opens it, else begun anew
     raises BaseMismatch where the base is another one, IntegrityError where any tensor differs from its promise
     """
     with open_stack([*base, update], trust, keys) as package:
@@ -343,7 +343,7 @@ def apply(
             return carried if carried is not None and _fits(carried, manifest) else None
 
         seal = partial(Sealer, list(to)) if to else None
-        return build(out, contents, release_of(package.manifest), package, seal, envelope, resume=True)
+        return build(out, contents, release_of(package.manifest), package, seal, envelope, resume=keys or Keys())
 
 
 def _fits(envelope: bytes, manifest: bytes) -> bool:

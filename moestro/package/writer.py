@@ -8,23 +8,24 @@ it is reserved. Where it turns out so much shorter that the data would begin ear
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from moestro.core.errors import ConfigError, IntegrityError
+from moestro.core.errors import ConfigError, DecryptionError, IntegrityError
 from moestro.core.files import cannot_write
 from moestro.package import canonical
 from moestro.package.bulk import write_all
 from moestro.package.codecs.compressor import compress
 from moestro.package.descriptor import Base, Descriptor, SegmentEntry, Shard, TensorEntry, tensor_digest, weights_root
 from moestro.package.dtypes import DataType, num_bytes
-from moestro.package.encrypt import Place, Sealer
+from moestro.package.encrypt import Keys, Place, Sealer, stored_bytes
 from moestro.package.hashing import Buffer, digest, leaf_hashes, root_of, tree_root
 from moestro.package.layout import FILE_HEADER, FileHeader, ModelHeader, data_start, model_start, round_up
-from moestro.package.limits import ALIGNMENT, CHUNK_BYTES, MAX_FILE_BYTES, PIECE_BYTES
+from moestro.package.limits import ALIGNMENT, CHUNK_BYTES, MAX_FILE_BYTES, MAX_JSON_INT, PIECE_BYTES
 from moestro.package.placement import place
-from moestro.package.resume import Former, reopen
+from moestro.package.resume import Find, Leftover, create, reopen, set_aside
 from moestro.package.sink import Sink, file_leaves
 from moestro.package.spans import Span, pieces
 
@@ -144,42 +145,43 @@ def write_model_file(
     models: Sequence[ModelSource | SealedSource],
     seal: Callable[[str], Sealer] | None = None,
     align_log2: int | None = None,
-    resume: bool = False,
+    resume: Keys | None = None,
 ) -> WrittenFile:
     """Write one file whole; the caller removes what a failure leaves.
 
     seal         makes the encryption of a model by its id; None leaves models in clear
     align_log2   model data begins at multiples of 2^align_log2; None: 1 MiB for large models and updates, else 4 KiB
-    resume       a file that is there is gone on with, up to its first tensor that is not what was promised
+    resume       of a file that is there tensors are kept, up to the first that is not what was promised; what was
+                 encrypted is opened with these keys
     """
     if align_log2 is None:
         total = sum(model.num_bytes for model in models)
         large = LARGE_UPDATE_BYTES if models[0].base is not None else LARGE_BYTES
         align_log2 = LARGE_ALIGN if total >= large else 12
     secret = seal is not None or any(isinstance(model, SealedSource) for model in models)
-    mode, former = 0o600 if secret else 0o644, 0
+    mode = 0o600 if secret else 0o644
     try:
-        if resume and not secret:
-            handle, former = reopen(path, mode)
-        else:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with ExitStack() as stack:
+            left = None
+            if resume is None or secret:
+                left = None if resume is None else stack.enter_context(set_aside(path, mode, resume))
+                handle = create(path, mode)
+            else:
+                left = reopen(path, mode)
+                handle = left.handle
+            stack.callback(os.close, handle)
+            return _FileWriter(handle, path, align_log2, models[0].hash, left).write(models, seal)
     except OSError as error:
         raise cannot_write(path, error) from error
-    try:
-        return _FileWriter(handle, path, align_log2, models[0].hash, former).write(models, seal)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        os.close(handle)
 
 
 class _FileWriter:
     """One open file."""
 
-    def __init__(self, handle: int, path: Path, align_log2: int, hash_name: str, former: int = 0) -> None:
-        """`former` bytes of a former try are in the file."""
+    def __init__(self, handle: int, path: Path, align_log2: int, hash_name: str, left: Leftover | None) -> None:
+        """`left` by a former try; None where neither that nor a next one matters."""
         self.handle, self.path, self.align_log2, self.hash = handle, path, align_log2, hash_name
-        self.former = former
+        self.left = left
         self.end = FILE_HEADER.size
         self.heads: list[tuple[int, int, Descriptor, int]] = []
         """(header offset, data offset, descriptor, data bytes) of each model."""
@@ -199,9 +201,8 @@ class _FileWriter:
         file_header = FileHeader(len(models), self.align_log2, flags).pack()
         os.pwrite(self.handle, file_header, 0)
         for index, (offset, _, descriptor, data_bytes) in enumerate(self.heads):
-            text = canonical.dumps(descriptor.public())
-            header = ModelHeader(index, descriptor.flags, len(text), data_bytes).pack()
-            os.pwrite(self.handle, header + text + digest("sha256", file_header, header, text), offset)
+            header = _head(index, descriptor, data_bytes)
+            os.pwrite(self.handle, header + digest("sha256", file_header, header), offset)
         os.ftruncate(self.handle, self.end)
         return WrittenFile(self.end, self._file_leaves(), [head[2] for head in self.heads])
 
@@ -216,7 +217,7 @@ class _FileWriter:
         segments = [_packed(segment, model.hash) for segment in model.segments]
         draft = _draft(model, segments)
         if seal is not None:
-            draft = replace(draft, encryption=seal.envelope(MAX_FILE_BYTES))
+            draft = replace(draft, encryption=seal.envelope(MAX_JSON_INT))
         header_offset = model_start(self.end)
         reserved = len(canonical.dumps(draft.public()))
         start = data_start(header_offset, reserved, self.align_log2)
@@ -249,35 +250,25 @@ class _FileWriter:
     def _write_plain(
         self, model: ModelSource, draft: Descriptor, payloads: list[bytes], start: int
     ) -> tuple[Descriptor, bytes, int]:
-        if self.former:
+        if self.left is not None:
             os.lseek(self.handle, self.end, os.SEEK_SET)
             write_all(self.handle, bytes(start - self.end), self.path)
-            model = replace(model, tensors=self._resumed(model, draft, start))
+            model = _resumed(model, draft, self.left.in_clear(start))
         os.lseek(self.handle, start, os.SEEK_SET)
         sink = Sink(self.handle, self.path, model.hash, CHUNK_BYTES, direct=self.align_log2 >= LARGE_ALIGN)
         final = _write_data(sink, model, draft, payloads)
         return final, sink.finish(), sink.length
-
-    def _resumed(self, model: ModelSource, draft: Descriptor, start: int) -> list[TensorSource]:
-        """The tensors in the order of the file; the first ones come from the file itself, as far as digests hold."""
-        source_of = {tensor.name: tensor for tensor in model.tensors}
-        tensors = [source_of[entry.name] for entry in draft.tensors]
-        for index, (entry, source) in enumerate(zip(draft.tensors, tensors, strict=True)):
-            at = start + entry.offset
-            if source.encode is not None or not source.promised or at + entry.length > self.former:
-                break
-            there = Former(self.handle, at, entry.length)
-            root = span_root(there, model.hash)
-            if tensor_digest(model.hash, entry.name, entry.dtype, entry.shape, root) != source.promised:
-                break
-            tensors[index] = replace(source, span=there)
-        return tensors
 
     def _write_sealed(
         self, model: ModelSource, draft: Descriptor, payloads: list[bytes], start: int, seal: Sealer
     ) -> tuple[Descriptor, bytes, int]:
         """Plaintext: u64 length, private descriptor, padding to 64, data."""
         head_bytes = round_up(8 + len(canonical.dumps(draft.private())), ALIGNMENT)
+        if self.left is not None:
+            at = model_start(self.end)
+            model = _resumed(model, draft, self.left.sealed(at, self.align_log2, model.model_id, head_bytes))
+            begun = _head(len(self.heads), draft, stored_bytes(MAX_JSON_INT))
+            os.pwrite(self.handle, begun, at)  # for a next try; the head of the end, with its digest, is longer
         stream = seal.stream(Place(self.handle, self.path, start, model.hash), head_bytes)
         final = _write_data(stream, model, draft, payloads)
         length, leaves = stream.close(_private_head(final, head_bytes))
@@ -290,6 +281,29 @@ class _FileWriter:
         if missing <= 0:
             return descriptor
         return replace(descriptor, extra={"x_pad": "0" * max(0, missing - len('"x_pad":"",'))})
+
+
+def _head(index: int, descriptor: Descriptor, data_bytes: int) -> bytes:
+    text = canonical.dumps(descriptor.public())
+    return ModelHeader(index, descriptor.flags, len(text), data_bytes).pack() + text
+
+
+def _resumed(model: ModelSource, draft: Descriptor, find: Find) -> ModelSource:
+    """In the order of the file; tensors that a former try left come from there, up to the first with another digest."""
+    source_of = {tensor.name: tensor for tensor in model.tensors}
+    tensors = [source_of[entry.name] for entry in draft.tensors]
+    for index, (entry, source) in enumerate(zip(draft.tensors, tensors, strict=True)):
+        there = find(entry.offset, entry.length) if source.encode is None and source.promised else None
+        if there is None:
+            continue
+        try:
+            root = span_root(there, model.hash)
+        except DecryptionError:
+            break
+        if tensor_digest(model.hash, entry.name, entry.dtype, entry.shape, root) != source.promised:
+            break
+        tensors[index] = replace(source, span=there)
+    return replace(model, tensors=tensors)
 
 
 def _private_head(descriptor: Descriptor, head_bytes: int) -> bytes:

@@ -4,8 +4,9 @@
 import fcntl
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import pytest
@@ -13,13 +14,27 @@ from package.samples import Tensors, contents, save_model
 
 from moestro.core.errors import ConfigError, IntegrityError
 from moestro.package import sink
-from moestro.package.api import Options, Release, apply, diff, load_recipient, new_key, pack, save_pair, verify
+from moestro.package.api import (
+    Keys,
+    Options,
+    Release,
+    apply,
+    decrypt,
+    diff,
+    load_receiving,
+    load_recipient,
+    new_key,
+    pack,
+    save_pair,
+    verify,
+)
+from moestro.package.encrypt import Recipient
 from moestro.package.resume import folder_resumed
 
-COUNT = 5
+COUNT = 7
 TENSOR_BYTES = 1 << 20
 ALL_BYTES = COUNT * TENSOR_BYTES
-LEFT = 3
+LEFT = 5
 """Tensors that are whole in `leftover`."""
 
 
@@ -66,7 +81,14 @@ def in_a_child(work: Callable[[], object]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def killed(made: Path, update: str, out: Path, at_bytes: int) -> None:
+class Sealed(TypedDict, total=False):
+    """How a result is encrypted."""
+
+    to: Sequence[Recipient]
+    keys: Keys
+
+
+def killed(made: Path, update: str, out: Path, at_bytes: int, sealed: Sealed | None = None) -> None:
     """An apply that SIGKILL ends when so many bytes are to be decoded."""
     done = 0
 
@@ -76,15 +98,15 @@ def killed(made: Path, update: str, out: Path, at_bytes: int) -> None:
         if done >= at_bytes:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    status = in_a_child(lambda: apply([made / "a"], made / update, out, progress=kill))
+    status = in_a_child(lambda: apply([made / "a"], made / update, out, progress=kill, **(sealed or {})))
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert not out.exists()
 
 
-def decoded_bytes(made: Path, update: str, out: Path) -> int:
+def decoded_bytes(made: Path, update: str, out: Path, sealed: Sealed | None = None) -> int:
     """Of an apply that ends well."""
     counts: list[int] = []
-    apply([made / "a"], made / update, out, progress=counts.append)
+    apply([made / "a"], made / update, out, progress=counts.append, **(sealed or {}))
     assert not list(out.parent.glob("*.partial"))
     return sum(counts)
 
@@ -150,13 +172,100 @@ def test_a_link_in_place_of_the_leftover_is_not_followed(made: Path, tmp_path: P
     assert contents(tmp_path / "out") == contents(made / "b")
 
 
-def test_a_result_that_is_encrypted_begins_anew(made: Path, tmp_path: Path) -> None:
-    leftover(made, tmp_path / "out")
-    to = [load_recipient(save_pair(new_key("x25519"), tmp_path / "key"))]
-    counts: list[int] = []
-    apply([made / "a"], made / "u", tmp_path / "out", to=to, progress=counts.append)
-    assert sum(counts) == ALL_BYTES
-    verify(tmp_path / "out")
+IN_REACH = 2
+"""Of the tensors that are whole in a leftover, those that do not lie near the head, which is sealed last of all."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A private key, and beside it the public one."""
+    path = tmp_path_factory.mktemp("keys") / "edge"
+    save_pair(new_key("x25519"), path)
+    return path
+
+
+def for_the(pair: Path) -> Sealed:
+    """What apply needs to encrypt for the owner of a pair and to read it again."""
+    return {"to": [load_recipient(pair.with_suffix(".pub"))], "keys": Keys([load_receiving(pair)])}
+
+
+def model_files(folder: Path) -> list[bytes]:
+    """Largest first."""
+    return sorted((path.read_bytes() for path in folder.glob("Model/demo/*")), key=len, reverse=True)
+
+
+def check_result(made: Path, pair: Path, out: Path, target: str) -> None:
+    verify(out, keys=Keys([load_receiving(pair)]))
+    decrypt(out, out.with_name("clear"), Keys([load_receiving(pair)]))
+    assert (
+        contents(out.with_name("clear"))["Meta-info/manifest.json"]
+        == contents(made / target)["Meta-info/manifest.json"]
+    )
+
+
+def test_r_8_2_6_6_an_encrypted_result_is_gone_on_with_under_another_key(
+    made: Path, tmp_path: Path, pair: Path
+) -> None:
+    sealed = for_the(pair)
+    killed(made, "u", tmp_path / "out", COUNT * TENSOR_BYTES, sealed)
+    (left,) = model_files(tmp_path / "out.partial")
+    assert decoded_bytes(made, "u", tmp_path / "out", sealed) == ALL_BYTES - IN_REACH * TENSOR_BYTES
+    check_result(made, pair, tmp_path / "out", "b")
+    (file,) = model_files(tmp_path / "out")
+    assert not {block for block in blocks(left) if any(block)} & set(blocks(file))  # no chunk under the old key
+
+
+def blocks(data: bytes) -> list[bytes]:
+    return [data[at : at + 64] for at in range(4096, len(data), 64)]
+
+
+def test_r_8_2_6_6_killed_again_and_again_an_encrypted_result_loses_nothing(
+    made: Path, tmp_path: Path, pair: Path
+) -> None:
+    sealed = for_the(pair)
+    killed(made, "u", tmp_path / "out", COUNT * TENSOR_BYTES, sealed)
+    for at_bytes in (1, 2 * TENSOR_BYTES):
+        killed(made, "u", tmp_path / "out", at_bytes, sealed)
+    assert decoded_bytes(made, "u", tmp_path / "out", sealed) == ALL_BYTES - IN_REACH * TENSOR_BYTES
+    check_result(made, pair, tmp_path / "out", "b")
+
+
+def test_an_encrypted_result_for_somebody_else_begins_anew(made: Path, tmp_path: Path, pair: Path) -> None:
+    killed(made, "u", tmp_path / "out", COUNT * TENSOR_BYTES, for_the(pair))
+    to_them = {"to": for_the(pair)["to"]}
+    assert decoded_bytes(made, "u", tmp_path / "out", to_them) == ALL_BYTES
+    check_result(made, pair, tmp_path / "out", "b")
+
+
+@pytest.mark.parametrize("first", ["clear", "sealed"])
+def test_what_was_in_clear_is_not_kept_for_an_encrypted_result_nor_the_other_way(
+    made: Path, tmp_path: Path, pair: Path, first: str
+) -> None:
+    ways: list[Sealed] = [{}, for_the(pair)]
+    before, after = ways if first == "clear" else reversed(ways)
+    killed(made, "u", tmp_path / "out", COUNT * TENSOR_BYTES, before)
+    assert decoded_bytes(made, "u", tmp_path / "out", after) == ALL_BYTES
+
+
+def test_r_8_2_6_6_the_encrypted_leftover_of_another_update_ends_in_no_byte_of_it(
+    made: Path, tmp_path: Path, pair: Path
+) -> None:
+    killed(made, "u", tmp_path / "out", COUNT * TENSOR_BYTES, for_the(pair))
+    assert decoded_bytes(made, "v", tmp_path / "out", for_the(pair)) == ALL_BYTES
+    check_result(made, pair, tmp_path / "out", "c")
+
+
+@pytest.mark.parametrize("at", [64, 70, 90, 5000, -TENSOR_BYTES, -1])
+def test_r_8_2_6_6_damage_in_an_encrypted_leftover_is_done_again(
+    made: Path, tmp_path: Path, pair: Path, at: int
+) -> None:
+    killed(made, "u", tmp_path / "out", COUNT * TENSOR_BYTES, for_the(pair))
+    file = next((tmp_path / "out.partial").glob("Model/demo/*"))
+    data = bytearray(file.read_bytes())
+    data[at] ^= 0xFF
+    file.write_bytes(data)
+    decoded_bytes(made, "u", tmp_path / "out", for_the(pair))
+    check_result(made, pair, tmp_path / "out", "b")
 
 
 def test_an_error_leaves_nothing_behind(made: Path, tmp_path: Path) -> None:
