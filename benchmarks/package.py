@@ -1,7 +1,9 @@
-"""Speed and size of packages: python benchmarks/package.py [--gb 0.5] [--access-gb 10] [--pairs FOLDER] [--out FILE]
+"""Speed and size of packages: python benchmarks/package.py [--gb 0.5] [--access-gb 10] [--apply-gb 2.5]
+                                                       [--pairs FOLDER] [--out FILE]
 
     speed      pack, verify, encrypt, compress: GB of weights per CPU-second and per second of wall time, beside others
     access     one verified tensor of 8 MB out of a large package, CPU milliseconds
+    memory     peak of `moestro apply` where every thirtieth weight changed
     updates    exact and quantised updates between real models (benchmarks/update_pairs.py makes them), beside others
 
 GB are 10^9 bytes of decoded weights. CPU time is user and system time of this process, which runs one thread.
@@ -15,6 +17,7 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +31,7 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from moestro.package.api import Kek, Options, Package, Release, Weights, apply, diff, pack, verify
+from moestro.package.api import MANIFEST, Kek, Options, Package, Release, Weights, apply, diff, pack, verify
 from moestro.package.codecs.numbers import from_float32, to_float32
 from moestro.package.codecs.registry import READERS, decoded
 from moestro.package.descriptor import TensorEntry
@@ -43,6 +46,15 @@ Row = dict[str, Any]
 BF16 = DATA_TYPES["bfloat16"]
 TENSOR_BYTES = 8 << 20
 QUANTIZE_BITS = (2.8, 2.0, 1.0)
+PEAK = """
+import runpy, sys
+try:
+    runpy.run_module("moestro", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
+"""
+"""The command in this process, then the most memory that it had."""
 
 
 class Clock:
@@ -70,24 +82,26 @@ def say(row: Row) -> Row:
     return row
 
 
-def write_model(path: Path, gb: float) -> int:
+def write_model(path: Path, gb: float, shape: tuple[int, int] = (2048, 2048)) -> int:
     """A safetensors file of bfloat16 matrices like those of trained models; returns bytes of weights."""
+    tensor_bytes = 2 * shape[0] * shape[1]
     random = np.random.default_rng(0)
     pool = from_float32(random.normal(0, 0.02, 1 << 25).astype(np.float32), BF16)
-    count = int(gb * 1e9) // TENSOR_BYTES
+    count = max(int(gb * 1e9) // tensor_bytes, 1)
     names = [f"layers.{i:04d}.w" for i in range(count)]
-    header = {name: {"dtype": "BF16", "shape": [2048, 2048], "data_offsets": [i * TENSOR_BYTES, (i + 1) * TENSOR_BYTES]}
+    header = {name: {"dtype": "BF16", "shape": shape, "data_offsets": [i * tensor_bytes, (i + 1) * tensor_bytes]}
               for i, name in enumerate(names)}  # fmt: skip
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _ in names:
-            start = int(random.integers(len(pool) - TENSOR_BYTES // 2))
-            file.write(pool[start : start + TENSOR_BYTES // 2].data)
+        for written in range(0, count * tensor_bytes, min(TENSOR_BYTES, tensor_bytes)):
+            size = min(TENSOR_BYTES, tensor_bytes, count * tensor_bytes - written)
+            start = int(random.integers(len(pool) - size // 2))
+            file.write(pool[start : start + size // 2].data)
         file.flush()
         os.fsync(file.fileno())  # else the kernel writes it out while packing is measured
-    return count * TENSOR_BYTES
+    return count * tensor_bytes
 
 
 def speed(folder: Path, gb: float, clock: Clock) -> list[Row]:
@@ -225,6 +239,34 @@ def _read_s(weights: Weights, name: str) -> float:
     return time.process_time() - start
 
 
+def memory(folder: Path, gb: float) -> list[Row]:
+    """Of a process that applies an update, for usual, small and a single tensor."""
+    rows = []
+    for shape in ((2048, 2048), (128, 256), (int(gb * 1e9) // 2 // 65536, 65536)):
+        model, base, target, update, out = (folder / name for name in ("m.safetensors", "a", "b", "u", "o"))
+        size = write_model(model, gb, shape)
+        pack(model, base, Options(release=Release(package_id="bench")))
+        weights = np.memmap(model, np.uint16, "r+", model.stat().st_size - size)
+        weights[::30] += 1
+        weights.flush()
+        pack(model, target, Options(release=Release(package_id="bench")))
+        diff([base], target, update)
+        peak, idle = _peak_mib("apply", base, update, out), _peak_mib("inspect", base)
+        assert (out / MANIFEST).read_bytes() == (target / MANIFEST).read_bytes(), "not the target"
+        rows.append(say({"what": "memory of apply", "GB": size / 1e9, "tensors": size // 2 // (shape[0] * shape[1]),
+                         "peak MiB": peak, "MiB of `inspect`": idle}))  # fmt: skip
+        model.unlink()
+        for made in (base, target, update, out):
+            shutil.rmtree(made)
+    return rows
+
+
+def _peak_mib(*words: object) -> float:
+    command = [sys.executable, "-c", PEAK, *map(str, words)]
+    done = subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return int(done.stderr.split()[-2]) / 1024
+
+
 def bf16_tensors(folder: Path) -> dict[str, bytes]:
     """The bfloat16 tensors of a model folder."""
     view = memoryview((folder / "model.safetensors").read_bytes())
@@ -334,6 +376,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=0.5)
     parser.add_argument("--access-gb", type=float, default=0.0)
+    parser.add_argument("--apply-gb", type=float, default=0.0)
     parser.add_argument("--pairs", type=Path, help="made by benchmarks/update_pairs.py")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -348,6 +391,8 @@ def main() -> None:
             rows += speed(folder, arguments.gb, clock)
         if arguments.access_gb:
             rows += access(folder, arguments.access_gb)
+        if arguments.apply_gb:
+            rows += memory(folder, arguments.apply_gb)
         if arguments.pairs:
             rows += lossless(bf16_tensors(arguments.pairs / "base").items(), "trained", clock)
             rows += updates(folder, arguments.pairs, clock)

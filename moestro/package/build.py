@@ -168,10 +168,8 @@ class _Builder:
         target.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(source, "rb", buffering=0) as file, target.open("xb") as out:
             os.fchmod(out.fileno(), 0o644)
-            sink, buffer = (
-                Sink(out.fileno(), target, self.release.hash, CHUNK_BYTES),
-                memoryview(bytearray(CHUNK_BYTES)),
-            )
+            sink = Sink(out.fileno(), target, self.release.hash, CHUNK_BYTES)
+            buffer = memoryview(bytearray(CHUNK_BYTES))
             while count := file.readinto(buffer):
                 sink.write(buffer[:count])
             written = WrittenFile(sink.length, sink.finish(), [])
