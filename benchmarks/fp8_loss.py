@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from moestro.core.config import build, with_overrides
 from moestro.nn.experts import AnyExperts, Experts
 from moestro.nn.experts import Path as ExpertPath
-from moestro.nn.fp8_reference import BLOCK, Blocks, Narrowing, narrow_experts
+from moestro.nn.fp8_reference import Blocks, Narrowing, narrow_experts
+from moestro.nn.kernels.gpu import BLOCK_FP8
 from moestro.nn.moe import MoE
 from moestro.nn.permute import sort_by_expert
 from moestro.nn.routing_rules import Choice
@@ -85,7 +86,7 @@ WAYS: dict[str, Narrowing | None] = {
     REPEAT: None,
     EIGHT: Narrowing(),
     "8 bits, a scale per tensor": in_all(Blocks(0, 0), Blocks(0, 0)),
-    "8 bits, e5m2": in_all(Blocks(kind=torch.float8_e5m2), Blocks(BLOCK, BLOCK, torch.float8_e5m2)),
+    "8 bits, e5m2": in_all(Blocks(kind=torch.float8_e5m2), Blocks(BLOCK_FP8, BLOCK_FP8, torch.float8_e5m2)),
     "8 bits, no scales": in_all(Unscaled(), Unscaled()),
 }
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from moestro.nn.experts import product_loop, swiglu
+from moestro.nn.kernels.gpu import BLOCK_FP8 as BLOCK
 from moestro.nn.permute import Order, combine_rows
 
-BLOCK = 128
 SMALLEST = 1e-12
 """The largest number of a block counts as this at least: nothing is divided by zero."""
 

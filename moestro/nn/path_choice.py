@@ -27,6 +27,7 @@ from torch.func import functional_call
 from moestro.core.errors import StorageError
 from moestro.core.files import write_text
 from moestro.core.native import cache_folder
+from moestro.core.specs import ModelSpec
 from moestro.nn.experts import TILED, Experts, takes_grouped
 from moestro.nn.kernels import gpu
 from moestro.nn.kernels.gpu.blocks import CANDIDATES
@@ -47,13 +48,18 @@ def possible_paths(x_TD: Tensor, experts: Experts, fp8: bool = False) -> list[Gp
     found: list[GpuPath] = []
     if gpu.takes(x_TD, experts.width, experts.hidden):
         found.append("triton")
-        from moestro.nn.kernels.gpu import launch_fp8
-
-        if fp8 and launch_fp8.takes(x_TD, experts.hidden):
+        if fp8 and not gpu.why_no_fp8(x_TD.device.type, x_TD.device.index or 0, experts.width, experts.hidden):
             found.append("fp8")
     if takes_grouped(x_TD, experts.width, experts.hidden) and x_TD.dtype == torch.bfloat16:
         found.append("grouped")
     return [*found, "loop"]
+
+
+def why_no_fp8(spec: ModelSpec, device: torch.device) -> str:
+    """Why a model's experts are not computed in 8 bits on a device; empty where they may be."""
+    if spec.moe is None or spec.moe.sharing != "none":
+        return "no experts with weights of their own"
+    return gpu.why_no_fp8(device.type, device.index or 0, spec.width, spec.moe.expert_width)
 
 
 @dataclass(frozen=True, slots=True)

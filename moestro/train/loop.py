@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from moestro.core.errors import CheckpointError, StorageError, TrainingError
 from moestro.core.events import EventLog, read_events
 from moestro.core.units import bytes_text, count_text
+from moestro.nn.path_choice import why_no_fp8
 from moestro.nn.router import RoutingRecord
 from moestro.place.loads import LoadWriter
 from moestro.train import checkpoint
@@ -171,6 +172,8 @@ class _Session:
             f"{str(trainer.dtype).removeprefix('torch.')} on {trainer.device}"
             + (f", {self.engine.layout}" if self.engine.layout else "")
         )
+        if self.recipe.train.precision == "fp8" and (reason := why_no_fp8(self.spec, trainer.device)):
+            self.watcher.say(f"train.precision is fp8, but experts stay in bfloat16: {reason}")
         if self.recipe.train.tensorboard and not installed():
             self.watcher.say(INSTALL)
         if self.recipe.balance.slotted and self.recipe.dist.ep == 1:

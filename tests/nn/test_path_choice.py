@@ -12,7 +12,7 @@ import torch
 from moestro.core.specs import MoESpec
 from moestro.nn import path_choice
 from moestro.nn.experts import Experts
-from moestro.nn.path_choice import Measured, measured_path, remember, remembered
+from moestro.nn.path_choice import Measured, measured_path, possible_paths, remember, remembered
 
 X_TD = torch.zeros(8, 16, dtype=torch.bfloat16)
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -92,3 +92,12 @@ def test_a_path_that_fails_is_left_out(error: Exception, experts: Experts, monke
     monkeypatch.setattr(path_choice, "milliseconds", fails)
     found = path_choice.measure(X_TD, 2, experts, ["grouped"])
     assert found.best(["triton", "grouped"]) == "triton"
+
+
+def test_8_bits_are_possible_where_asked_for_and_widths_are_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(path_choice.gpu, "why_not", lambda *_: "")
+    for width, hidden, asked, possible in ((128, 256, True, True), (128, 256, False, False), (128, 192, True, False)):
+        made = Experts(width, MoESpec(num_experts=2, expert_width=hidden))
+        paths = possible_paths(torch.zeros(1, width, dtype=torch.bfloat16), made, asked)
+        assert ("fp8" in paths) is possible
+        assert paths[0] == "triton"

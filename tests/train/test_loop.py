@@ -8,8 +8,10 @@ import torch
 
 from moestro.core.errors import CheckpointError, ConfigError, TrainingError
 from moestro.core.events import read_events
+from moestro.nn.kernels import gpu
 from moestro.place.loads import read_loads
 from moestro.train.loop import ended, go_on, start
+from moestro.train.progress import Silent
 from moestro.train.recipe import Recipe
 from moestro.train.run_folder import RunFolder
 from moestro.train.shards import Shards, _same_bytes
@@ -221,3 +223,21 @@ def test_a_dense_model_trains_too(make_recipe: MakeRecipe, tmp_path: Path) -> No
     outcome = start(recipe)
     assert outcome.finished
     assert not outcome.folder.loads.exists()
+
+
+class Listener(Silent):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def test_a_run_says_that_it_cannot_use_8_bits(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "why_not", lambda *_: "")  # as on a GPU: what is left are the widths
+    listener = Listener()
+    start(make_recipe("train.steps=1", "train.precision=fp8"), listener)
+    told = [said for said in listener.said if "fp8" in said]
+    assert told == ["train.precision is fp8, but experts stay in bfloat16: widths [16, 16] are not multiples of 128"]

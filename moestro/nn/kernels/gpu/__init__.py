@@ -26,6 +26,10 @@ R = TypeVar("R")
 
 OLDEST = (8, 0)
 """Compute capability below which there are no bfloat16 products."""
+OLDEST_FP8 = (8, 9)
+"""The same for 8-bit products."""
+BLOCK_FP8 = 128
+"""Numbers in 8 bits that share a scale: columns of a row, rows and columns of a weight."""
 
 
 def interpreted() -> bool:
@@ -64,6 +68,16 @@ def refusals() -> tuple[type[Exception], ...]:
     from triton import TritonError
 
     return (RuntimeError, TritonError)
+
+
+def why_no_fp8(device_type: str, index: int, *widths: int) -> str:
+    """Why products in 8 bits cannot run on a device with these widths; empty where they can."""
+    if reason := why_not(device_type, index):
+        return reason
+    if odd := [width for width in widths if width % BLOCK_FP8]:
+        return f"widths {odd} are not multiples of {BLOCK_FP8}"
+    found = OLDEST_FP8 if device_type == "cpu" else torch.cuda.get_device_capability(index)
+    return "" if found >= OLDEST_FP8 else f"compute capability is {found[0]}.{found[1]}; products in 8 bits need 8.9"
 
 
 def usable(tensor: Tensor) -> bool:

@@ -11,11 +11,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moestro.nn.kernels.gpu import BLOCK_FP8 as BLOCK
 from moestro.nn.kernels.gpu import fp8, interpreted
 from moestro.nn.kernels.gpu.launch import has_copy_engine
 from moestro.nn.kernels.gpu.tiles import Tiles
 
-BLOCK = 128
 GROUP = 8
 
 
@@ -27,14 +27,6 @@ class Scaled:
     """float8_e4m3fn: [R, I], or weights [E, O, I]."""
     scale: Tensor
     """float32: [R, I / 128], or [E, O / 128, I / 128]."""
-
-
-def takes(x_TD: Tensor, hidden: int) -> bool:
-    """True where widths are whole blocks and the GPU has 8-bit products: Hopper and later, and the interpreter."""
-    whole = x_TD.shape[1] % BLOCK == 0 and hidden % BLOCK == 0
-    if x_TD.device.type == "cpu":
-        return whole
-    return whole and torch.cuda.get_device_capability(x_TD.device) >= (8, 9)
 
 
 def quantise_rows(x_RI: Tensor) -> Scaled:
