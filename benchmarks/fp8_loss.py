@@ -15,7 +15,6 @@ then one JSON line; --out gets the same.
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -55,7 +54,7 @@ BASE: dict[str, Any] = {
         "moe": {"num_experts": 8, "expert_width": 256},
     },
     "train": {"length": 128, "sequences": 8, "precision": "bf16", "threads": 1, "evaluate_every": 0},
-    "optimizer": {"lr": 2e-3, "warmup_steps": 40, "decay_share": 0.4},
+    "optimizer": {"lr": 5e-4, "warmup_steps": 40, "decay_share": 0.4},
 }
 HELD_OUT = 512
 """Sequences that the loss is measured on."""
@@ -196,7 +195,7 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "bits_per_byte": [run["bits_per_byte"] for run in mine],
                     "bits_per_byte_in_16_bits": [run.get("bits_per_byte_in_16_bits") for run in mine],
                     "over_percent": over, "mean_percent": statistics.mean(over),
-                    "stdev_percent": statistics.stdev(over) if len(over) > 1 else math.nan,
+                    "stdev_percent": statistics.stdev(over) if len(over) > 1 else None,
                     "shares": {
                         operand: [statistics.mean(values) for values in zip(*(s[operand] for s in shares), strict=True)]
                         for operand in (shares[0] if shares else ())
@@ -212,7 +211,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         print(
             f"{row['router']:9s} {row['name']:32s} {statistics.mean(row['bits_per_byte']):.4f} bits/byte "
-            f"{row['mean_percent']:+7.2f} ± {row['stdev_percent']:.2f} %  ({len(row['seeds'])} seeds)"
+            f"{row['mean_percent']:+7.2f} ± {row['stdev_percent'] or 0:.2f} %  ({len(row['seeds'])} seeds)"
         )
         for operand, (zero, short, clipped) in row["shares"].items():
             print(f"{'':12s}{operand:10s} zero {zero:9.4%}   fewer digits {short:9.4%}   clipped {clipped:9.4%}")
