@@ -9,8 +9,8 @@ gradients and everything outside the experts stay in bf16. Runs are compared see
 the same batches. Two ways to compute in 16 bits that differ by rounding show how far apart runs end anyway, worse ways
 to use 8 bits whether the measurement can tell. Says nothing about speed.
 
-Each run is a process' work of one thread and is kept in --folder; one that is there is not repeated. Prints a table,
-then one JSON line; --out gets the same.
+Runs have one thread each, --jobs at a time, and are kept in --folder: one that is there is not repeated. Prints a table
+of all that are there, then one JSON line; --out gets the same.
 """
 
 import argparse
@@ -163,6 +163,16 @@ def run(name: str, router: str, seed: int, steps: int, folder: Path) -> dict[str
     return figures
 
 
+def kept_runs(folder: Path, steps: int) -> list[dict[str, Any]]:
+    """All that are there of this model, measured like this, after so many steps."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [
+        run
+        for run in found
+        if (run["asked"]["base"], run["asked"]["held_out"], run["steps"]) == (BASE, HELD_OUT, steps)
+    ]
+
+
 def held_out(trainer: Trainer, data: TokenData) -> float:
     """Bits per byte by the model as it computes now."""
     length = trainer.recipe.train.length
@@ -200,7 +210,6 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         operand: [statistics.mean(values) for values in zip(*(s[operand] for s in shares), strict=True)]
                         for operand in (shares[0] if shares else ())
                     },
-                    "seconds": statistics.mean(run["seconds"] for run in mine),
                 }
             )  # fmt: skip
     return rows
@@ -238,12 +247,10 @@ def main() -> None:
         for router in options.routers
         for name in options.only
     ]
-    if options.jobs == 1:
-        runs = [run(*job) for job in asked]
-    else:
-        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-            runs = list(pool.map(run, *zip(*asked, strict=True)))
-    rows = table(runs)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for ended in [pool.submit(run, *job) for job in asked]:
+            ended.result()
+    rows = table(kept_runs(options.folder, options.steps))
     print_table(rows)
     data = open_data(options.folder / "data")
     result = {
