@@ -50,6 +50,7 @@ def place(
     from moestro.core.charts import standalone_svg
     from moestro.core.errors import PlacementError
     from moestro.core.files import write_text
+    from moestro.place.compiled import is_cold
     from moestro.place.loads import as_one_source, read_trace
     from moestro.place.plan_file import read_placements, save_placements
     from moestro.place.report import basis, charts, drawing, place_trace, table
@@ -72,6 +73,8 @@ def place(
         if sys.stderr.isatty() and total > 1:
             print(f"\rlayer {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
+    if sys.stderr.isatty() and is_cold():
+        print("compiling the search, once on a machine: some 20 s", file=sys.stderr, flush=True)
     reports = place_trace(
         loads, links, costs, held_LEG=held, effort=effort, prove_s=prove, merge_copies=merge_copies, say=say
     )

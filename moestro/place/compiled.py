@@ -33,6 +33,11 @@ def _cache_folder() -> str:
     return str(cache_folder() / f"place-{hashlib.sha256(sources).hexdigest()[:16]}")
 
 
+def is_cold() -> bool:
+    """True where the next search compiles first, for some 20 s of processor time."""
+    return COMPILED and not any(Path(_cache_folder()).glob("**/*.nbc"))
+
+
 def compiled(function: Callable[P, R], inline: bool = False) -> Callable[P, R]:
     """Decorate a kernel."""
     if numba is None:
