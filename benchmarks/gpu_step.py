@@ -77,7 +77,8 @@ def make_trainer(device: str, parts: int) -> Trainer:
     table = {"model": TINY if toy else ONE_BILLION, "train": train | {"device": device}}
     token_N = np.random.default_rng(0).integers(0, 512 if toy else 32000, 2_000_000).astype(np.uint16)
     tokens = TokenFile(token_N, len(token_N), ["random"], [0])
-    return Trainer(build(Recipe, table), TokenData(tokens, tokens, ByteTokenizer(), {}))
+    data = TokenData(tokens, tokens, ByteTokenizer(), {})
+    return Trainer(build(Recipe, table), data, draw_on=torch.device(device))  # billions of weights, in no time
 
 
 def warmed_trainer(device: str, parts: int) -> Trainer:

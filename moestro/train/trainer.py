@@ -63,10 +63,16 @@ def sized(spec: ModelSpec, vocab_size: int) -> ModelSpec:
     return spec
 
 
+CPU = torch.device("cpu")
+
+
 class Trainer:
     """Everything a step touches."""
 
-    def __init__(self, recipe: Recipe, data: TokenData, engine: Engine | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, data: TokenData, engine: Engine | None = None, draw_on: torch.device = CPU
+    ) -> None:
+        """`draw_on`: where first weights are drawn; on the CPU they are the same on every rank and any device."""
         train = recipe.train
         self.engine = engine or OneRank()
         if train.threads:
@@ -76,8 +82,8 @@ class Trainer:
         self.device = pick_device(train.device)
         self.dtype = pick_dtype(train.precision, self.device)
         torch.manual_seed(recipe.seed)
-        with self.device:  # billions of weights are drawn on a GPU in no time
-            self.model = Decoder(sized(recipe.model, data.tokenizer.vocab_size)).initialise()
+        with draw_on:
+            self.model = Decoder(sized(recipe.model, data.tokenizer.vocab_size)).initialise().to(self.device)
         self.model.recompute = train.recompute == "all"
         for module in self.model.modules():
             if isinstance(module, MoE):
