@@ -30,7 +30,7 @@ from moestro.package.bulk import read_at
 from moestro.package.descriptor import Descriptor
 from moestro.package.encrypt import Keys, Opened, check_envelope, stored_bytes
 from moestro.package.layout import MODEL_HEADER, data_start, round_up
-from moestro.package.limits import CHUNK_BYTES
+from moestro.package.limits import CHUNK_BYTES, MAX_DESCRIPTOR_BYTES
 from moestro.package.spans import Part, Span
 
 
@@ -44,13 +44,12 @@ def folder_resumed(path: Path, keep: Collection[str]) -> Iterator[Path]:
     """
     aside = path.with_name(path.name + ASIDE)
     try:
-        if aside.is_symlink():
-            aside.unlink()
-        aside.mkdir(parents=True, exist_ok=True)
-        handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        handle, is_new = _open_or_make(aside)
     except OSError as error:
         raise cannot_write(aside, error) from error
     try:
+        if not is_new and os.fstat(handle).st_uid != os.geteuid():  # who could change in it what has been checked
+            raise ConfigError(f"{aside} belongs to another user; delete it, or choose another name")
         alone = _lock(handle, aside)
         try:
             if path.exists() or path.is_symlink():
@@ -66,6 +65,18 @@ def folder_resumed(path: Path, keep: Collection[str]) -> Iterator[Path]:
             raise
     finally:
         os.close(handle)
+
+
+def _open_or_make(aside: Path) -> tuple[int, bool]:
+    """A handle on the folder, and whether it was made now; what is no folder gives way or is an error."""
+    if aside.is_symlink():
+        aside.unlink()
+    is_new = True
+    try:
+        aside.mkdir(parents=True)
+    except FileExistsError:
+        is_new = False
+    return os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC), is_new
 
 
 def _lock(handle: int, aside: Path) -> bool:
@@ -154,8 +165,10 @@ class Leftover:
 
         def find(offset: int, length: int) -> Span | None:
             start = head_bytes + offset
+            if start < first or start + length > opened.length:
+                return None
             end = stored_bytes(min(round_up(start + length, CHUNK_BYTES), opened.length))
-            return Part(opened, start, length) if start >= first and end <= there else None
+            return Part(opened, start, length) if end <= there else None
 
         return find
 
@@ -165,7 +178,7 @@ class Leftover:
             raise FormatError("the file ends before the model header", offset=header_offset)
         header = Former(self.handle, header_offset, MODEL_HEADER.size).read(0, MODEL_HEADER.size)
         _, flags, text_bytes, low, high = MODEL_HEADER.unpack(header)
-        if text_bytes > self.num_bytes:
+        if text_bytes > min(self.num_bytes, MAX_DESCRIPTOR_BYTES):
             raise FormatError(f"a descriptor of {text_bytes} bytes runs past the end", offset=header_offset)
         text = Former(self.handle, header_offset + MODEL_HEADER.size, text_bytes).read(0, text_bytes)
         data_bytes = low | high << 32
@@ -177,7 +190,7 @@ class Leftover:
 def reopen(path: Path, mode: int) -> Leftover:
     """A new file for reading and writing, or the one that is there.
 
-    A file with another mode than a new one would get, or with a second name, gives way to a new one.
+    A file with another owner or mode than a new one would get, or with a second name, gives way to a new one.
     """
     size = _kept(path, mode)
     if not size:
@@ -218,10 +231,10 @@ def former_of(path: Path) -> Path:
 
 
 def _kept(path: Path, mode: int) -> int:
-    """Bytes of a regular file with the mode of a new one and no second name; anything else is removed: 0."""
+    """Bytes of a regular file with owner and mode of a new one and no second name; anything else is removed: 0."""
     with suppress(FileNotFoundError):
         found, wanted = path.lstat(), mode & path.parent.stat().st_mode
-        alone = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        alone = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_uid == os.geteuid()
         if alone and stat.S_IMODE(found.st_mode) == wanted and found.st_size:
             return found.st_size
         path.unlink()

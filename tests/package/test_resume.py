@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -13,7 +14,7 @@ import pytest
 from package.samples import Tensors, contents, save_model
 
 from moestro.core.errors import ConfigError, IntegrityError
-from moestro.package import sink
+from moestro.package import resume, sink
 from moestro.package.api import (
     Keys,
     Options,
@@ -28,8 +29,14 @@ from moestro.package.api import (
     save_pair,
     verify,
 )
-from moestro.package.encrypt import Recipient
-from moestro.package.resume import folder_resumed
+from moestro.package.dtypes import DATA_TYPES
+from moestro.package.encrypt import Recipient, Sealer
+from moestro.package.layout import MODEL_HEADER
+from moestro.package.limits import MAX_DESCRIPTOR_BYTES
+from moestro.package.reader import ModelFile
+from moestro.package.resume import Former, Leftover, folder_resumed
+from moestro.package.spans import Bytes
+from moestro.package.writer import ModelSource, TensorSource, write_model_file
 
 COUNT = 7
 TENSOR_BYTES = 1 << 20
@@ -172,6 +179,24 @@ def test_a_link_in_place_of_the_leftover_is_not_followed(made: Path, tmp_path: P
     assert contents(tmp_path / "out") == contents(made / "b")
 
 
+def test_the_leftover_of_another_user_is_not_gone_on_with(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = leftover(made, tmp_path / "out")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(ConfigError, match=r"out\.partial belongs to another user; delete it"):
+        apply([made / "a"], made / "u", tmp_path / "out")
+    assert file.exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a file away")
+def test_a_file_of_another_user_in_a_leftover_is_not_kept(made: Path, tmp_path: Path) -> None:
+    file = leftover(made, tmp_path / "out")
+    os.chown(file, 12345, -1)
+    assert decoded_bytes(made, "u", tmp_path / "out") == ALL_BYTES
+    assert contents(tmp_path / "out") == contents(made / "b")
+
+
 IN_REACH = 2
 """Of the tensors that are whole in a leftover, those that do not lie near the head, which is sealed last of all."""
 
@@ -253,6 +278,39 @@ def test_r_8_2_6_6_the_encrypted_leftover_of_another_update_ends_in_no_byte_of_i
     killed(made, "u", tmp_path / "out", COUNT * TENSOR_BYTES, for_the(pair))
     assert decoded_bytes(made, "v", tmp_path / "out", for_the(pair)) == ALL_BYTES
     check_result(made, pair, tmp_path / "out", "c")
+
+
+def test_the_encrypted_leftover_of_a_shorter_model_is_no_obstacle(tmp_path: Path, pair: Path) -> None:
+    sealed, path = for_the(pair), tmp_path / "f.ptm"
+    for count in (2, COUNT):
+        tensors = [
+            TensorSource(f"w{i}", DATA_TYPES["uint8"], (TENSOR_BYTES,), Bytes(bytes(TENSOR_BYTES)), promised="00" * 32)
+            for i in range(count)
+        ]
+        write_model_file(
+            path, [ModelSource("demo", tensors)], partial(Sealer, list(sealed["to"])), resume=sealed["keys"]
+        )
+    with ModelFile.open(path, sealed["keys"]) as file:
+        assert len(file.models[0].descriptor.tensors) == COUNT
+
+
+def test_a_leftover_whose_header_promises_too_much_is_not_read(
+    tmp_path: Path, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = MODEL_HEADER.pack(0, 0, MAX_DESCRIPTOR_BYTES + 1, 0, 0)
+    (tmp_path / "file").write_bytes(header)
+    os.truncate(tmp_path / "file", 4 * MAX_DESCRIPTOR_BYTES)
+    counts: list[int] = []
+    monkeypatch.setattr(resume, "Former", partial(counted, counts))
+    with (tmp_path / "file").open("rb") as file:
+        left = Leftover(file.fileno(), 4 * MAX_DESCRIPTOR_BYTES, for_the(pair)["keys"])
+        assert left.sealed(0, 12, "demo", 64)(0, 1) is None
+    assert counts == [MODEL_HEADER.size]
+
+
+def counted(counts: list[int], handle: int, start: int, length: int) -> Former:
+    counts.append(length)
+    return Former(handle, start, length)
 
 
 @pytest.mark.parametrize("at", [64, 70, 90, 5000, -TENSOR_BYTES, -1])
