@@ -292,8 +292,8 @@ class Opened:
         self.associated = associated_data(envelope["suite"], salt, model_id)
         key = derive(dek, salt, b"PTMF/1 payload", SUITES[envelope["suite"]])
         self.cipher = _cipher(envelope["suite"], key)
-        self._index, self._chunk = -1, memoryview(b"")
-        """The last chunk of which only a part was asked for."""
+        self._kept = -1, memoryview(b"")
+        """The last chunk of which only a part was asked for, after its number; one value, since threads may read."""
 
     @classmethod
     def of(cls, stored: Span, envelope: Mapping[str, Any], model_id: str, keys: Keys) -> "Opened":
@@ -316,15 +316,15 @@ class Opened:
             first = index * CHUNK_BYTES
             chunk_end = min(first + CHUNK_BYTES, self._length)
             low, high = max(start, first), min(end, chunk_end)
-            if (low, high) == (first, chunk_end) and index != self._index:
+            kept, chunk = self._kept
+            if (low, high) == (first, chunk_end) and index != kept:
                 self._open(index, out[low - start : high - start])
                 continue
-            if index != self._index:
-                self._index = -1
-                self._chunk = memoryview(bytearray(chunk_end - first))
-                self._open(index, self._chunk)
-                self._index = index
-            out[low - start : high - start] = self._chunk[low - first : high - first]
+            if index != kept:
+                chunk = memoryview(bytearray(chunk_end - first))
+                self._open(index, chunk)
+                self._kept = index, chunk
+            out[low - start : high - start] = chunk[low - first : high - first]
         return out
 
     def _open(self, index: int, out: memoryview) -> None:

@@ -199,6 +199,26 @@ def test_any_length_and_any_range_of_a_stream(tmp_path: Path, size: int) -> None
         assert bytes(opened.read(start, count)) == plain[start : start + count]
 
 
+def test_a_read_in_the_middle_of_another_changes_neither(tmp_path: Path) -> None:
+    plain = np.random.default_rng(0).bytes(2 * CHUNK_BYTES)
+    stored, envelope, keys = sealed(tmp_path, plain)
+    between: list[bytes] = []
+
+    class Interrupted(Bytes):
+        """As by another thread: the first read of ciphertext meets one of the other chunk."""
+
+        def read(self, start: int, count: int) -> memoryview:
+            if not between:
+                between.append(b"")
+                between[0] = bytes(opened.read(CHUNK_BYTES + 7, 100))
+            return super().read(start, count)
+
+    opened = Opened.of(Interrupted(stored), envelope, "demo", keys)
+    assert bytes(opened.read(5, 100)) == plain[5:105]
+    assert between == [plain[CHUNK_BYTES + 7 : CHUNK_BYTES + 107]]
+    assert bytes(opened.read(CHUNK_BYTES + 9, 100)) == plain[CHUNK_BYTES + 9 : CHUNK_BYTES + 109]
+
+
 def test_truncated_swapped_repeated_and_extended_streams_fail(tmp_path: Path) -> None:
     plain = np.random.default_rng(0).bytes(3 * CHUNK_BYTES + 5)
     stored, envelope, keys = sealed(tmp_path, plain)
