@@ -84,7 +84,10 @@ class Weights:
         return name not in self._places
 
     def span(self, name: str) -> Span:
-        """Decoded bytes on demand, not verified; a decoder is there from the first read to that of the last byte."""
+        """Decoded bytes on demand, not verified; a decoder is there from the first read to that of the last byte.
+
+        Of an empty tensor, of which nobody reads a byte, it is opened at once, so that what is stored is checked.
+        """
         entry = self.entries[name]
         model = self._places.get(name)
         if model is None:
@@ -92,7 +95,11 @@ class Weights:
             return self.base.span(name)
         if entry.codec == "raw":
             return model.stored(entry)
-        return OnDemand(lambda: decoded(entry, model.stored(entry), self._base_span(entry)), entry.num_bytes)
+
+        def opened() -> Span:
+            return decoded(entry, model.stored(entry), self._base_span(entry))
+
+        return OnDemand(opened, entry.num_bytes) if entry.num_bytes else opened()
 
     def _base_span(self, entry: TensorEntry) -> Span | None:
         source = str(entry.cp.get("from", entry.name)) if entry.codec == "copy" else entry.name

@@ -33,6 +33,7 @@ from moestro.package.manifest import Manifest
 from moestro.package.paths import check_model_id, check_path, check_paths
 from moestro.package.reader import ModelFile
 from moestro.package.spans import Bytes
+from moestro.package.weights import Weights
 from moestro.package.writer import ModelSource, SegmentSource, TensorSource, write_model_file
 
 Table = dict[str, Any]
@@ -422,6 +423,16 @@ def test_x_1_a_hundred_thousand_tensors(tmp_path: Path) -> None:
     write_model_file(tmp_path / "f.ptm", [ModelSource("demo", tensors)])
     with ModelFile.open(tmp_path / "f.ptm") as file:
         assert len(file.models[0].descriptor.tensors) == 100_000
+
+
+@pytest.mark.parametrize("codec", ["zstd", "bp-zstd"])
+def test_what_is_stored_of_an_empty_tensor_is_checked_too(tmp_path: Path, codec: str) -> None:
+    source = TensorSource("w", DATA_TYPES["float32"], (0, 3), Bytes(b""), codec, lambda: iter([b"strange"]))
+    write_model_file(tmp_path / "f.ptm", [ModelSource("demo", [source])])
+    with ModelFile.open(tmp_path / "f.ptm") as file:
+        entry = file.models[0].descriptor.tensors[0]
+        with pytest.raises(FormatError, match="the number of blocks is not 0"):
+            Weights("sha256", {"w": entry}, {"w": file.models[0]}).check("w")
 
 
 def test_segments_are_verified(tmp_path: Path) -> None:
