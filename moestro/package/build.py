@@ -154,8 +154,12 @@ class _Builder:
             os.close(folder)
 
     def _take_over(self, package: Package, entry: FileEntry) -> None:
-        """Copy a file of another package and compare what was copied with its digest there."""
-        file = self._copy(open_below(package.handle, entry.path), entry.path)
+        """Copy a file of another package and compare what was copied with its digest there; first, its size."""
+        source = open_below(package.handle, entry.path)
+        if (size := os.fstat(source).st_size) != entry.size:
+            os.close(source)
+            package.check_leaves(entry, size, b"")
+        file = self._copy(source, entry.path)
         theirs, leaves = package.manifest, file.leaves
         if (theirs.hash, theirs.chunk_size) != (self.release.hash, CHUNK_BYTES):
             with (self.root / entry.path).open("rb") as copy:

@@ -1,5 +1,6 @@
 """`package.build`: programs come from another package only as its manifest lists them, or nothing is written at all."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,13 @@ def test_a_program_of_another_size_is_found(made: Path, size: int) -> None:
     with pytest.raises(IntegrityError, match=f"it has {size} bytes, the manifest says 14"):
         apply([made / "a"], made / "u", made / "out")
     assert not list(made.glob("out*"))
+
+
+def test_a_program_of_another_size_is_not_copied(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.truncate(made / "u" / LIBRARY, 3 * LIBRARY_BYTES)
+    monkeypatch.setattr("moestro.package.build.Sink", None)
+    with pytest.raises(IntegrityError, match=f"it has {3 * LIBRARY_BYTES} bytes, the manifest says {LIBRARY_BYTES}"):
+        apply([made / "a"], made / "u", made / "out")
 
 
 def test_a_link_in_place_of_a_program_is_not_followed(made: Path) -> None:
