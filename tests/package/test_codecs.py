@@ -10,8 +10,8 @@ import pytest
 
 from moestro.core.errors import FormatError, IntegrityError, PackageError
 from moestro.package import kernels
-from moestro.package.codecs import rans
-from moestro.package.codecs.lowrank import Factors, LowRank
+from moestro.package.codecs import long_blocks, rans
+from moestro.package.codecs.lowrank import Factors, LowRank, matrices
 from moestro.package.codecs.numbers import from_float32, to_float32
 from moestro.package.codecs.planes import Mode, join, split
 from moestro.package.codecs.quantised import Quantised
@@ -241,6 +241,28 @@ def test_a_quantised_residual_is_the_same_on_every_machine(
     codes = np.where(delta < 0, -1, 1) if bits == 1 else np.clip(np.rint(delta / scale), -most, most)
     expected = to_float32(memoryview(base).cast("B"), kind) + scale * codes.astype(np.float32)
     assert compiled_result == from_float32(expected, kind).tobytes()
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 15, 16])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 15), (5, 1, 3), (2, 3, 5)])
+def test_any_block_finds_its_factors_and_scales(
+    shape: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_blocks, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(long_blocks, "STACK_ELEMENTS", block)
+    rng, (batch, rows, columns) = np.random.default_rng(0), matrices(shape)
+    old = rng.normal(0, 0.02, (batch, rows, columns)).astype(np.float32)
+    p, q = (rng.normal(0, 1, side).astype(np.float32) for side in ((batch, rows, 1), (batch, 1, columns)))
+    factors, scales = Factors(p, q, "float32"), rng.uniform(1, 2, -(-old.size // 4)).astype(np.float32)
+    of_rank = tensor("float32", shape, "lowrank", **factors.cp())
+    scaled = tensor("float32", shape, "qres", bits=1, group=4)
+    steps = {"lowrank": p * q, "qres": np.repeat(scales, 4)[: old.size].reshape(old.shape)}
+    for entry, coder in ((of_rank, LowRank(factors)), (scaled, Quantised(scales))):
+        new = (old + steps[entry.codec]).tobytes()
+        span = decoded(entry, Bytes(stored(coder, entry, new, old.tobytes())), Bytes(old.tobytes()))
+        at = [*range(0, len(new), 12)]
+        assert b"".join(bytes(span.read(start, min(12, len(new) - start))) for start in at) == new
+        assert all(bytes(span.read(start, len(new) - start)) == new[start:] for start in reversed(at))
 
 
 def test_rounding_to_bfloat16_is_to_nearest_even() -> None:
