@@ -31,6 +31,7 @@ from moestro.package.descriptor import Descriptor
 from moestro.package.encrypt import Keys, Opened, check_envelope, stored_bytes
 from moestro.package.layout import MODEL_HEADER, data_start, round_up
 from moestro.package.limits import CHUNK_BYTES, MAX_DESCRIPTOR_BYTES
+from moestro.package.paths import FOLDER_FLAGS
 from moestro.package.spans import Part, Span
 
 
@@ -44,12 +45,10 @@ def folder_resumed(path: Path, keep: Collection[str]) -> Iterator[Path]:
     """
     aside = path.with_name(path.name + ASIDE)
     try:
-        handle, is_new = _open_or_make(aside)
+        handle = _open_or_make(aside)
     except OSError as error:
         raise cannot_write(aside, error) from error
     try:
-        if not is_new and os.fstat(handle).st_uid != os.geteuid():  # who could change in it what has been checked
-            raise ConfigError(f"{aside} belongs to another user; delete it, or choose another name")
         alone = _lock(handle, aside)
         try:
             if path.exists() or path.is_symlink():
@@ -67,16 +66,22 @@ def folder_resumed(path: Path, keep: Collection[str]) -> Iterator[Path]:
         os.close(handle)
 
 
-def _open_or_make(aside: Path) -> tuple[int, bool]:
-    """A handle on the folder, and whether it was made now; what is no folder gives way or is an error."""
+def _open_or_make(aside: Path) -> int:
+    """A handle on the folder. A link in its place gives way, and what another user left, unless he is at it: he could
+    change there what has been compared."""
     if aside.is_symlink():
         aside.unlink()
-    is_new = True
+    aside.mkdir(parents=True, exist_ok=True)
+    handle = os.open(aside, FOLDER_FLAGS)
+    if os.fstat(handle).st_uid == os.geteuid():
+        return handle
     try:
-        aside.mkdir(parents=True)
-    except FileExistsError:
-        is_new = False
-    return os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC), is_new
+        _lock(handle, aside)
+        shutil.rmtree(aside)
+    finally:
+        os.close(handle)
+    aside.mkdir()
+    return os.open(aside, FOLDER_FLAGS)
 
 
 def _lock(handle: int, aside: Path) -> bool:
