@@ -55,6 +55,7 @@ from moestro.package.limits import CHUNK_BYTES
 from moestro.package.manifest import Manifest
 from moestro.package.oci import BLOBS, from_oci, to_oci
 from moestro.package.reader import ModelFile
+from moestro.package.resume import Leftover
 from moestro.package.safetensors import read_header
 from moestro.package.sign import Trust
 from moestro.package.sources import CHECKPOINT, gather
@@ -231,6 +232,13 @@ class Files:
                         span = decoded(tensor, model.stored(tensor), Bytes(bytes(tensor.num_bytes)))
                         span.read(0, min(span.length, 1 << 16))
 
+    def go_on(self, data: bytes) -> None:
+        """As what a killed try left of an encrypted file; where the head lies, and far behind the end."""
+        os.ftruncate(self.handle, 0)
+        os.pwrite(self.handle, data, 0)
+        find = Leftover(self.handle, len(data), self.keys or Keys()).sealed(64, 12, "demo", 64)
+        assert find(0, 1) is find(4 * CHUNK_BYTES, 1) is None
+
 
 def _codec_target(name: str) -> Target:
     random = np.random.default_rng(0)
@@ -279,6 +287,7 @@ def targets(folder: Path) -> list[Target]:
     return [
         Target("model file", model_files, Files(None).read, _mend_model_file),
         Target("encrypted model file", model_files[3:], Files(keys).read, _mend_model_file),
+        Target("leftover", model_files[3:], Files(keys).go_on),
         Target("manifest", [manifest], Manifest.parse, _mend_manifest),
         Target("signature", [signature], partial(trust.check, manifest)),
         Target("managementinfo", [(here / "managementinfo.json").read_bytes()], lambda d: check_management(d, "demo")),
