@@ -212,14 +212,15 @@ def create(path: Path, mode: int) -> int:
 def set_aside(path: Path, mode: int, keys: Keys) -> Iterator[Leftover]:
     """The file that is there, or the one that was set aside before if that is longer; deleted when the block ends well.
 
-    keys   to read it with
+    keys   to read it with; without any its room on the disk is given back at once
     """
     former = former_of(path)
-    last, before = _kept(path, mode), _kept(former, mode)
+    last, before = (_kept(path, mode), _kept(former, mode)) if keys else (0, 0)
     if last > before:
         path.replace(former)
     path.unlink(missing_ok=True)
     if not last and not before:
+        former.unlink(missing_ok=True)
         yield Leftover(-1, 0, keys)
         return
     handle = os.open(former, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

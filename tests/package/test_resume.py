@@ -259,8 +259,14 @@ def test_r_8_2_6_6_killed_again_and_again_an_encrypted_result_loses_nothing(
 
 def test_an_encrypted_result_for_somebody_else_begins_anew(made: Path, tmp_path: Path, pair: Path) -> None:
     killed(made, "u", tmp_path / "out", COUNT * TENSOR_BYTES, for_the(pair))
-    to_them = {"to": for_the(pair)["to"]}
-    assert decoded_bytes(made, "u", tmp_path / "out", to_them) == ALL_BYTES
+    counts: list[int] = []
+
+    def look(count: int) -> None:
+        counts.append(count)
+        assert not list(tmp_path.rglob("*.former"))
+
+    apply([made / "a"], made / "u", tmp_path / "out", to=for_the(pair)["to"], progress=look)
+    assert sum(counts) == ALL_BYTES
     check_result(made, pair, tmp_path / "out", "b")
 
 
