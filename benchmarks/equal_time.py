@@ -25,6 +25,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from gpu_step import PEAK_FLOP_PER_S
+
 from moestro.core.events import read_events
 from moestro.train.data import open_data, prepare
 from moestro.train.device import environment, pick_device
@@ -32,7 +34,6 @@ from moestro.train.loop import start
 from moestro.train.recipe import Recipe, load_recipe
 from moestro.train.trainer import Trainer
 
-PEAK_FLOP_PER_S = 989e12
 AT_BUDGET = ["model.moe.router.anneal_share=0"]
 WARM_UP, TIMED = 20, 30
 """Steps before and in a timing: the first ones compile and measure paths."""

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from gpu_cases import SHAPES
+from gpu_report import DEVICE
 from gpu_step import ONE_BILLION, ROUTINGS, route
 
 from moestro.core.config import build
@@ -30,7 +31,6 @@ from moestro.nn.kernels.gpu.experts import sort_tiles, triton_experts
 from moestro.train.recipe import load_recipe
 
 Job = tuple[Any, ...]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 256
 LIMIT_S = 110
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moestro.nn.experts import product_loop, swiglu
 from moestro.nn.kernels.gpu import BLOCK_FP8 as BLOCK
-from moestro.nn.permute import Order, combine_rows
+from moestro.nn.permute import Order, combine_rows, to_slots
 
 SMALLEST = 1e-12
 """The largest number of a block counts as this at least: nothing is divided by zero."""
@@ -103,10 +103,7 @@ class NarrowExperts(torch.autograd.Function):
             d_x_ND = product_loop(way.d_gate_up(d_gate_up_NF), count_E, gate_up.mT).to(kind)
             d_gate_up_EDF = _sums_by_expert(x_TD[token_N], d_gate_up_NF, count_E).to(ctx.masters[0])
             d_down_EFD = _sums_by_expert(act_NF, d_y_TD[token_N], count_E).to(ctx.masters[1])
-        d_weight_A = weight_N.new_zeros(order.slot_TK.numel())
-        d_weight_A[order.source_N] = d_weight_N
-        d_weight_TK = d_weight_A.view(order.slot_TK.shape)
-        return combine_rows(d_x_ND, order), d_weight_TK, None, d_gate_up_EDF, d_down_EFD, None
+        return combine_rows(d_x_ND, order), to_slots(d_weight_N, order), None, d_gate_up_EDF, d_down_EFD, None
 
 
 def _sums_by_expert(left_NI: Tensor, right_NO: Tensor, count_E: Tensor) -> Tensor:

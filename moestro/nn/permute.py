@@ -68,6 +68,13 @@ def count_of(index_A: Tensor, num: int) -> Tensor:
     return count_X.scatter_add_(0, index_A.long(), torch.ones_like(index_A, dtype=torch.int64))
 
 
+def to_slots(value_N: Tensor, order: Order) -> Tensor:
+    """value_TK: the number of each row at its slot, 0 where that is unused."""
+    value_A = value_N.new_zeros(order.slot_TK.numel())
+    value_A[order.source_N] = value_N
+    return value_A.view(order.slot_TK.shape)
+
+
 def pairs_of(expert_TK: Tensor, num_experts: int) -> Tensor:
     """pair_X, float32: how many tokens chose both of two experts, pairs in the order (0,1) (0,2) ... (1,2) ..."""
     chosen_TE = torch.zeros(len(expert_TK), num_experts + 1, device=expert_TK.device).scatter_(1, expert_TK, 1.0)

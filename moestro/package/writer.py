@@ -163,8 +163,10 @@ def write_model_file(
     try:
         with ExitStack() as stack:
             left = None
-            if resume is None or secret:
-                left = None if resume is None else stack.enter_context(set_aside(path, mode, resume))
+            if resume is None:
+                handle = create(path, mode)
+            elif secret:
+                left = stack.enter_context(set_aside(path, mode, resume))
                 handle = create(path, mode)
             else:
                 left = reopen(path, mode)

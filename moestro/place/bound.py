@@ -57,11 +57,11 @@ def dual_bound(layer: Layer, state: State | None = None, rounds: int = 250) -> f
     if state is not None:
         price_L = (state.link_L / max(state.link_L.max(), 1e-30)) ** 15 + 1e-4
         price_G = (state.device_G / max(state.device_G.max(), 1e-30)) ** 15 + 1e-2
-    best = 0.0
+    best, part_EH = 0.0, _shared_copies(fixed)
     for pace in (0.3, 1.0):
         price = PerResource(price_L.copy(), price_G.copy(), np.ones(links), np.ones(links), np.zeros(devices))
         room = PerResource(*(np.zeros_like(price_N) for price_N in price))
-        best = max(best, _ascend(fixed, _shared_copies(fixed), price, room, rounds, pace))
+        best = max(best, _ascend(fixed, part_EH, price, room, rounds, pace))
     return max(quick_s, best + layer.latency_s)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from moestro.package.api import Options, Release, new_key, pack, save_pair, sign_package
+
 Tensors = dict[str, np.ndarray]
 
 
@@ -32,6 +34,14 @@ def save_model(folder: Path, weights: Tensors, text: str = "hello") -> Path:
     (folder / "README.md").write_text("---\nlicense: mit\n---\n" + text)
     (folder / "extra" / "notes.txt").write_text(text)
     return folder
+
+
+def save_signed(model: Path, folder: Path, kind: str) -> Path:
+    """The package folder/p of a model, signed with folder/key of this kind."""
+    pack(model, folder / "p", Options(release=Release(package_id="demo")))
+    save_pair(new_key(kind), folder / "key")
+    sign_package(folder / "p", folder / "key")
+    return folder / "p"
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -8,18 +8,15 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from package.samples import contents
+from package.samples import contents, save_signed
 
 from moestro.core.errors import ConfigError, IntegrityError
-from moestro.package.api import Options, Release, new_key, pack, save_pair, sign_package, to_model_signing
+from moestro.package.api import new_key, save_pair, to_model_signing
 
 
 @pytest.fixture
 def package(model: Path, tmp_path: Path) -> Path:
-    pack(model, tmp_path / "p", Options(release=Release(package_id="demo")))
-    save_pair(new_key("p256"), tmp_path / "key")
-    sign_package(tmp_path / "p", tmp_path / "key")
-    return tmp_path / "p"
+    return save_signed(model, tmp_path, "p256")
 
 
 def test_the_bundle_is_signed_dsse_over_the_sha256_of_every_file(package: Path, tmp_path: Path) -> None:

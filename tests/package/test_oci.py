@@ -5,19 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
-from package.samples import contents
+from package.samples import contents, save_signed
 
 from moestro.core.errors import FormatError, IntegrityError, UnsafePath
-from moestro.package.api import Options, Release, new_key, pack, save_pair, sign_package
 from moestro.package.oci import BLOBS, FILEPATH, from_oci, to_oci
 
 
 @pytest.fixture
 def package(model: Path, tmp_path: Path) -> Path:
-    pack(model, tmp_path / "p", Options(release=Release(package_id="demo")))
-    save_pair(new_key("ed25519"), tmp_path / "key")
-    sign_package(tmp_path / "p", tmp_path / "key")
-    return tmp_path / "p"
+    return save_signed(model, tmp_path, "ed25519")
 
 
 def test_x_7_a_package_goes_to_oci_and_back(package: Path, tmp_path: Path) -> None:

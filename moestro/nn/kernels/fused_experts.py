@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moestro.nn.kernels import cpu
-from moestro.nn.permute import Order
+from moestro.nn.permute import Order, to_slots
 
 
 class FusedExperts(torch.autograd.Function):
@@ -40,10 +40,7 @@ class FusedExperts(torch.autograd.Function):
         d_gate_up_EDF, d_down_EFD = torch.empty_like(gate_up_EDF), torch.empty_like(down_EFD)
         inputs = (x_TD, d_y_TD, order.token_N, weight_N, order.count_E, gate_up_EDF, down_EFD, gate_up_NF)
         cpu.experts_backward(*inputs, act_NF, d_gate_up_NF, d_x_ND, d_weight_N, d_gate_up_EDF, d_down_EFD)
-        d_weight_A = weight_N.new_zeros(order.slot_TK.numel())
-        d_weight_A[order.source_N] = d_weight_N
-        d_x_TD, d_weight_TK = cpu.combine(d_x_ND, order.slot_TK), d_weight_A.view(order.slot_TK.shape)
-        return d_x_TD, d_weight_TK, None, d_gate_up_EDF, d_down_EFD
+        return cpu.combine(d_x_ND, order.slot_TK), to_slots(d_weight_N, order), None, d_gate_up_EDF, d_down_EFD
 
 
 def fused_experts(x_TD: Tensor, weight_TK: Tensor, order: Order, gate_up_EDF: Tensor, down_EFD: Tensor) -> Tensor:
